@@ -1,0 +1,35 @@
+"""Logarithmic Memory Networks: attention over O(log n) learned summaries instead of n tokens.
+
+Start with `LogarithmicMemory`, a drop-in for the original's block, or `LogarithmicMixing`, which takes
+the place of self-attention in a block of yours. ``python -m lmn_kernels.info`` tells what runs where.
+"""
+
+from python_ref.tree import LinearMerge
+
+from ._backend import BackendError
+from ._info import info
+from ._version import __version__
+from .block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
+from .functional import attend, build_tree
+from .mixing import LogarithmicMixing
+from .sequences import Sequences
+from .state import MemoryState, load_states, save_states
+from .summarizers import LinearMapSummarizer
+
+__all__ = [
+    "BackendError",
+    "ExpanderSummarizerLogarithmicMemory",
+    "FeedForward",
+    "LinearMapSummarizer",
+    "LinearMerge",
+    "LogarithmicMemory",
+    "LogarithmicMixing",
+    "MemoryState",
+    "Sequences",
+    "__version__",
+    "attend",
+    "build_tree",
+    "info",
+    "load_states",
+    "save_states",
+]

@@ -1,0 +1,73 @@
+"""Which implementation of an operation runs, and why."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import _env
+
+OPERATIONS = ("build_tree", "attend", "step")
+BACKENDS = ("auto", "reference", "triton", "cpp")
+
+_warned: set[tuple[str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call."""
+
+
+def why_not(backend: str, operation: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot serve ``operation`` on ``device``; None where it can."""
+    if backend == "reference":
+        return None
+    return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
+
+
+def preferred(operation: str, device: torch.device) -> str:
+    """The backend made for an operation on a device; the reference itself where there is no faster one."""
+    if device.type == "cuda":
+        return "cpp" if operation == "step" else "triton"
+    return "reference"
+
+
+def check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def resolve(backend: str, operation: str, device: torch.device) -> str:
+    """The backend that serves a call.
+
+    ``"auto"`` (after `_env.backend`) takes the preferred one and falls back to the reference with one
+    warning per reason; any other name is obeyed.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the named backend cannot serve the call.
+    """
+    check_name(backend)
+    if backend == "auto":
+        backend = _env.backend()
+        check_name(backend)
+    if backend != "auto":
+        reason = why_not(backend, operation, device)
+        if reason:
+            raise BackendError(f"backend={backend!r} cannot serve {operation} on {device.type}: {reason}")
+        return backend
+    chosen = preferred(operation, device)
+    reason = why_not(chosen, operation, device)
+    if reason is None:
+        return chosen
+    _warn_once(operation, device.type, reason)
+    return "reference"
+
+
+def _warn_once(operation: str, device_type: str, reason: str) -> None:
+    # While tracing, silence: a warning would break the graph, and `lmn_kernels.info` tells.
+    if torch.compiler.is_compiling() or (operation, device_type) in _warned:
+        return
+    _warned.add((operation, device_type))
+    message = f"lmn_kernels: {operation} on {device_type} runs on the PyTorch reference: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,56 @@
+"""Checks of what a caller hands in. Every message names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def concrete(tensor: Tensor) -> bool:
+    """Whether reading a value costs no device synchronisation and breaks no trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_float(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    check_tensor(name, value)
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype {[str(d) for d in FLOATS]}, got {value.dtype}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int | None, ...], axes: str = "") -> None:
+    """``None`` in ``shape`` admits any size; ``axes`` names the axes in the message."""
+    got = tuple(value.shape)
+    if len(got) != len(shape) or any(want is not None and want != size for want, size in zip(shape, got, strict=True)):
+        expected = "[" + ", ".join("*" if want is None else str(want) for want in shape) + "]"
+        raise ValueError(f"{name}: expected shape {axes + ' = ' if axes else ''}{expected}, got {list(got)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_ids(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, low: int, high: int) -> None:
+    """Integers in ``low … high``; the range is checked where that costs no synchronisation."""
+    check_tensor(name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int32 or int64, got {value.dtype}")
+    check_shape(name, value, tuple(shape))
+    if concrete(value) and value.numel():
+        least, most = (int(bound) for bound in torch.aminmax(value))
+        if least < low or most > high:
+            raise ValueError(f"{name}: expected values in {low} … {high}, got {least} … {most}")
+
+
+def check_positive(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -1,0 +1,53 @@
+"""What is installed, what is built, and what each operation would use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import _backend, _env
+from ._version import __version__
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    """Type and description of the devices at hand; asks drivers, so only `info` calls it."""
+    found = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            found.append(("cuda", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    if torch.backends.mps.is_available():
+        found.append(("mps", platform.platform()))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found.append(("xpu", torch.xpu.get_device_name()))
+    return found
+
+
+def info() -> str:
+    """Versions, devices, what is built, and for each operation and device the backend and the reason."""
+    lines = [
+        f"lmn_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
+        f"(CUDA {torch.version.cuda or 'none'}), Triton {_installed('triton')}",
+        "Triton kernels: not part of this version",
+        "C++/CUDA extension: not part of this version",
+        f"{_env.BACKEND}={_env.backend()}",
+    ]
+    for kind, description in _devices():
+        lines.append(f"{kind}: {description}")
+        device = torch.device(kind)
+        for operation in _backend.OPERATIONS:
+            chosen = _backend.preferred(operation, device)
+            reason = _backend.why_not(chosen, operation, device)
+            uses = chosen if reason is None else f"reference ({reason})"
+            lines.append(f"  {operation}: {uses}")
+    return "\n".join(lines)
+

@@ -1,0 +1,220 @@
+"""The only file that registers operations: schemas, implementations, shape rules, gradients.
+
+Each operation takes the name of a resolved backend and looks its implementation up, so that what runs
+is what `_backend.resolve` said. Gradients are operations too; they can be differentiated again on the
+reference, and raise elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from python_ref import attention as ref_attention
+from python_ref import tree as ref_tree
+from python_ref.layout import Layout, make_layout, node_rows
+
+_LIBRARY = torch.library.Library("lmn_kernels", "DEF")
+
+# (first row, length, offset) of each sequence or None, and sizes: see lmn_kernels.sequences.Sequences.
+_WHERE = "Tensor? spans, SymInt sequences, SymInt max_position, int carried_levels, int expand, str backend"
+
+_LIBRARY.define(
+    f"build_tree(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? token, Tensor? carried, {_WHERE}) -> Tensor"
+)
+_LIBRARY.define(
+    "build_tree_backward(Tensor grad, Tensor x, Tensor nodes, Tensor weight, Tensor bias, Tensor? scale, "
+    f"Tensor? token, Tensor? carried, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(f"attend(Tensor token_qkv, Tensor node_qv, int heads, {_WHERE}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor lse, int heads, {_WHERE}) -> (Tensor, Tensor)"
+)
+
+
+def _layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
+    spans, sequences, max_position, carried_levels, expand, _ = where
+    carried = None if carried_levels < 0 else carried_levels
+    return make_layout(tokens, sequences, expand, max_position, spans, carried, device)
+
+
+def _bank(x: Tensor, weight: Tensor) -> int:
+    return weight.shape[0] * weight.shape[3] // x.shape[1]
+
+
+def _build_tree_reference(x, weight, bias, scale, token, carried, *where):
+    merge = ref_tree.LinearMerge(weight, bias, scale)
+    return ref_tree.build_tree(x, merge, _bank(x, weight), token, carried, _layout(x.shape[0], where, x.device))
+
+
+def _build_tree_backward_reference(grad, x, nodes, weight, bias, scale, token, carried, *where):
+    merge = ref_tree.LinearMerge(weight, bias, scale)
+    layout = _layout(x.shape[0], where, x.device)
+    grads = ref_tree.build_tree_backward(grad, x, nodes, merge, token, layout)
+    return tuple(x.new_empty(0) if part is None else part for part in grads)
+
+
+def _attend_reference(token_qkv, node_qv, heads, *where):
+    layout = _layout(token_qkv.shape[0], where, token_qkv.device)
+    return ref_attention.attend(token_qkv, node_qv, heads, layout)
+
+
+def _attend_backward_reference(grad, token_qkv, node_qv, lse, heads, *where):
+    layout = _layout(token_qkv.shape[0], where, token_qkv.device)
+    return ref_attention.attend_backward(grad, token_qkv, node_qv, lse, heads, layout)
+
+
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("build_tree", "reference"): _build_tree_reference,
+    ("build_tree_backward", "reference"): _build_tree_backward_reference,
+    ("attend", "reference"): _attend_reference,
+    ("attend_backward", "reference"): _attend_backward_reference,
+}
+
+
+def _register(operation: str, fake: Callable[..., Any]) -> None:
+    def implementation(*arguments):
+        return _IMPLEMENTATIONS[operation, arguments[-1]](*arguments)
+
+    _LIBRARY.impl(operation, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lmn_kernels::{operation}", fake, lib=_LIBRARY)
+
+
+def _build_tree_fake(x, weight, bias, scale, token, carried, spans, sequences, max_position, carried_levels, expand, _):
+    rows = node_rows(x.shape[0], sequences, expand, None if carried_levels < 0 else carried_levels)
+    return x.new_empty(_bank(x, weight), rows, x.shape[1])
+
+
+def _build_tree_backward_fake(grad, x, nodes, weight, bias, scale, token, carried, *where):
+    like = (x, weight, bias, scale, token, carried)
+    return tuple(x.new_empty(0 if part is None else part.shape) for part in like)
+
+
+def _attend_fake(token_qkv, node_qv, heads, *where):
+    tokens, size = token_qkv.shape[0], token_qkv.shape[1] // 3
+    lse = torch.promote_types(token_qkv.dtype, torch.float32)
+    return token_qkv.new_empty(tokens, size), token_qkv.new_empty(tokens, heads, dtype=lse)
+
+
+def _attend_backward_fake(grad, token_qkv, node_qv, lse, heads, *where):
+    return token_qkv.new_empty(token_qkv.shape), node_qv.new_empty(node_qv.shape)
+
+
+_register("build_tree", _build_tree_fake)
+_register("build_tree_backward", _build_tree_backward_fake)
+_register("attend", _attend_fake)
+_register("attend_backward", _attend_backward_fake)
+
+_OPS = torch.ops.lmn_kernels
+_NO_WHERE = (None,) * 6
+
+
+def _save_tree(ctx, inputs, output):
+    x, weight, bias, scale, token, carried, spans, *sizes = inputs
+    ctx.save_for_backward(x, output, weight, bias, scale, token, carried, spans)
+    ctx.sizes = sizes
+
+
+def _tree_gradient(ctx, grad):
+    x, nodes, weight, bias, scale, token, carried, spans = ctx.saved_tensors
+    grads = _OPS.build_tree_backward(grad, x, nodes, weight, bias, scale, token, carried, spans, *ctx.sizes)
+    grads = [None if like is None else g for like, g in zip((x, weight, bias, scale, token, carried), grads, strict=True)]
+    return (*grads, *_NO_WHERE)
+
+
+def _save_attend(ctx, inputs, output):
+    token_qkv, node_qv, heads, spans, *sizes = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(token_qkv, node_qv, output[1], spans)
+    ctx.heads, ctx.sizes = heads, sizes
+
+
+def _attend_gradient(ctx, grad, _):
+    token_qkv, node_qv, lse, spans = ctx.saved_tensors
+    grads = _OPS.attend_backward(grad, token_qkv, node_qv, lse, ctx.heads, spans, *ctx.sizes)
+    return (*grads, None, *_NO_WHERE)
+
+
+def _second_derivative(
+    operation: str,
+    backend: str,
+    function: Callable[[list[Tensor]], Tensor],
+    inputs: list[Tensor | None],
+    grad: Tensor,
+    grad_grads: list[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of ``<∂function/∂inputs · grad, grad_grads>`` with respect to grad and inputs.
+
+    The forward is run again by plain autograd, which keeps it rarely used code without formulas of
+    its own.
+    """
+    if backend != "reference":
+        raise RuntimeError(f"{operation}: second derivatives need backend='reference', got {backend!r}")
+    with torch.enable_grad():
+        given = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        leaves = [t for t in given if t is not None]
+        seed = grad.detach().requires_grad_()
+        first = torch.autograd.grad(function(given), leaves, seed, create_graph=True)
+        pairs = [
+            (g, gg)
+            for g, gg in zip(first, [gg for t, gg in zip(given, grad_grads, strict=True) if t is not None], strict=True)
+            if gg is not None and g.requires_grad
+        ]
+        outer = [seed, *leaves]
+        if not pairs:
+            return [None] * (1 + len(inputs))
+        found = torch.autograd.grad([g for g, _ in pairs], outer, [gg for _, gg in pairs], allow_unused=True)
+    second = iter(found[1:])
+    return [found[0], *(None if t is None else next(second) for t in given)]
+
+
+def _save_tree_backward(ctx, inputs, output):
+    grad, x, nodes, weight, bias, scale, token, carried, spans, *sizes = inputs
+    ctx.save_for_backward(grad, x, weight, bias, scale, token, carried, spans)
+    ctx.sizes = sizes
+
+
+def _tree_second_gradient(ctx, *grad_grads):
+    grad, x, weight, bias, scale, token, carried, spans = ctx.saved_tensors
+    layout = _layout(x.shape[0], (spans, *ctx.sizes), x.device)
+
+    def forward(given):
+        x, weight, bias, scale, token, carried = given
+        merge = ref_tree.LinearMerge(weight, bias, scale)
+        return ref_tree.build_tree_with(
+            lambda left, right: ref_tree.merge_stacks(merge, left, right), x, _bank(x, weight), token, carried, layout
+        )
+
+    given = [x, weight, bias, scale, token, carried]
+    grad, *grads = _second_derivative("build_tree", ctx.sizes[-1], forward, given, grad, list(grad_grads))
+    # The nodes are a function of the other inputs, and were treated as one.
+    return (grad, grads[0], None, *grads[1:], *_NO_WHERE)
+
+
+def _save_attend_backward(ctx, inputs, output):
+    grad, token_qkv, node_qv, lse, heads, spans, *sizes = inputs
+    ctx.save_for_backward(grad, token_qkv, node_qv, spans)
+    ctx.heads, ctx.sizes = heads, sizes
+
+
+def _attend_second_gradient(ctx, *grad_grads):
+    grad, token_qkv, node_qv, spans = ctx.saved_tensors
+    layout = _layout(token_qkv.shape[0], (spans, *ctx.sizes), token_qkv.device)
+
+    def forward(given):
+        return ref_attention.attend(*given, ctx.heads, layout)[0]
+
+    found = _second_derivative("attend", ctx.sizes[-1], forward, [token_qkv, node_qv], grad, list(grad_grads))
+    return (*found, None, None, *_NO_WHERE)
+
+
+for _name, _formula, _save in (
+    ("build_tree", _tree_gradient, _save_tree),
+    ("attend", _attend_gradient, _save_attend),
+    ("build_tree_backward", _tree_second_gradient, _save_tree_backward),
+    ("attend_backward", _attend_second_gradient, _save_attend_backward),
+):
+    torch.library.register_autograd(f"lmn_kernels::{_name}", _formula, setup_context=_save, lib=_LIBRARY)

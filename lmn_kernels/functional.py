@@ -1,0 +1,120 @@
+"""The public operations: tree construction and single-vector attention over flat rows of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from python_ref.tree import LinearMerge
+
+from ._backend import resolve
+from ._checks import check_device, check_float, check_positive, check_shape
+from ._library import _OPS
+from .sequences import Sequences
+
+
+def _where(sequences: Sequences, expand: int, backend: str) -> tuple:
+    carried = -1 if sequences.carried_levels is None else sequences.carried_levels
+    return sequences.spans, sequences.count, sequences.max_position, carried, expand, backend
+
+
+def build_tree(
+    x: Tensor,
+    merge: LinearMerge,
+    sequences: Sequences,
+    *,
+    token: Tensor | None = None,
+    carried: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every node of the summary tree of every sequence (specification, sections 1 and 6).
+
+    ``node(i, j) = S(node(i-1, 2j), node(i-1, 2j+1))``, for complete blocks only.
+
+    Args:
+        x: ``[M, E]`` tokens, a floating dtype; any strides.
+        merge: the summarizer as a linear map, in the dtype of x: ``weight [G, 1+k, 2C, C]``,
+            ``bias [G, C]``, ``scale [2, G, C]`` or None; G·C = m·E for m banks.
+        sequences: which rows form a sequence.
+        token: ``[S, E]`` the token before each sequence; with ``carried``, where the sequences continue.
+        carried: ``[S, R, m, E]`` the newest nodes of levels 1, 2, … before each sequence.
+        backend: ``"auto"``, ``"reference"``, or the name of a kernel implementation.
+
+    Returns:
+        ``[m, rows, E]``, the nodes of each bank level by level (`python_ref.layout` has the rows).
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device or the name of the backend is wrong.
+        BackendError: the named backend cannot serve the call.
+    """
+    check_float("x", x)
+    check_shape("x", x, (sequences.tokens, None), "[tokens, embedding]")
+    size = x.shape[1]
+    groups, taps, _, features = merge.weight.shape
+    rows = features if merge.scale is not None else 2 * features
+    check_shape("merge.weight", merge.weight, (groups, taps, rows, features), "[groups, 1 + expand, in, out]")
+    if (groups * features) % size:
+        raise ValueError(f"merge.weight: expected groups·features a multiple of {size}, got {groups * features}")
+    check_shape("merge.bias", merge.bias, (groups, features), "[groups, features]")
+    if merge.scale is not None:
+        check_shape("merge.scale", merge.scale, (2, groups, features), "[2, groups, features]")
+    if (token is None) != (carried is None) or (token is None) != (sequences.carried_levels is None):
+        raise ValueError("token, carried: expected both with sequences that continue, and neither else")
+    if token is not None and carried is not None:
+        check_shape("token", token, (sequences.count, size), "[sequences, embedding]")
+        check_shape("carried", carried, (sequences.count, None, groups * features // size, size))
+    for name, value in (("merge.weight", merge.weight), ("merge.bias", merge.bias), ("merge.scale", merge.scale),
+                        ("token", token), ("carried", carried)):  # fmt: skip
+        if value is not None:
+            check_float(name, value, x.dtype)
+            check_device(name, value, x.device)
+    where = _where(sequences, taps - 1, resolve(backend, "build_tree", x.device))
+    return _OPS.build_tree(x, merge.weight, merge.bias, merge.scale, token, carried, *where)
+
+
+def attend(
+    token_qkv: Tensor, node_qv: Tensor, heads: int, sequences: Sequences, *, expand: int = 0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Single-vector attention of every token over its memory (specification, section 4).
+
+    ``out_n = Σ_s softmax_s(q_s · k_n / √d) · v_s`` over the token itself and the last complete block of
+    every level and bank: q and v come from the slots, k from the current token.
+
+    Args:
+        token_qkv: ``[M, 3·E]`` q, k and v of the tokens, a floating dtype; any strides.
+        node_qv: ``[m, rows, 2·E]`` q and v of the nodes, rows as `build_tree` lays them out.
+        heads: H, a divisor of E.
+        sequences: which rows form a sequence.
+        expand: k of the expander.
+        backend: ``"auto"``, ``"reference"``, or the name of a kernel implementation.
+
+    Returns:
+        ``out [M, E]`` in the dtype of ``token_qkv``, and ``lse [M, H]`` in float32 (float64 for
+        float64), not differentiable. Both are 0 on rows that no sequence holds.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, ``heads`` or the name of the backend is wrong.
+        BackendError: the named backend cannot serve the call.
+    """
+    check_float("token_qkv", token_qkv)
+    check_positive("heads", heads)
+    check_shape("token_qkv", token_qkv, (sequences.tokens, None), "[tokens, 3·embedding]")
+    size = token_qkv.shape[1] // 3
+    if token_qkv.shape[1] != 3 * size or size % heads:
+        raise ValueError(f"heads: expected a divisor of the embedding {token_qkv.shape[1] / 3:g}, got {heads}")
+    check_float("node_qv", node_qv, token_qkv.dtype)
+    check_device("node_qv", node_qv, token_qkv.device)
+    check_shape("node_qv", node_qv, (None, None, 2 * size), "[bank, rows, 2·embedding]")
+    where = _where(sequences, expand, resolve(backend, "attend", token_qkv.device))
+    out, lse = _OPS.attend(token_qkv, node_qv, heads, *where)
+    return out, lse
+
+
+def under_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of an active ``torch.autocast`` region, as `torch.nn.functional.linear` takes them."""
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,432 @@
+"""The mixing layer: tree, projections and attention, without norms or feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from python_ref import step as ref_step
+from python_ref.layout import Layout, level_count, stack_height, state_rows
+from python_ref.tree import build_tree_with
+
+from . import _backend
+from ._checks import check_device, check_float, check_positive, check_shape, concrete
+from .attention import SingleVectorAttention
+from .functional import attend, build_tree, under_autocast
+from .sequences import Sequences
+from .state import MemoryState
+from .summarizers import Expander, LinearMapSummarizer, make_summarizer
+
+Mix = Callable[[Tensor], tuple[Tensor, MemoryState | None]]
+
+
+class LogarithmicMixing(nn.Module):
+    """Each position attends to itself and to O(log n) summaries of all that came before it.
+
+    Takes the place of self-attention in any block: causal, linear in length when training, O(log n) a
+    token when streaming. Sections 1 to 4 and 6 of the specification; paper sections 3.1 to 3.5.
+
+    Args:
+        embedding: E.
+        heads: H, a divisor of E.
+        bank: m, trees side by side, each with its own summarizer.
+        parallelize: where False, ``forward`` continues from a memory that the layer keeps, as the
+            original's does; `reset` empties it.
+        summarizer: ``"linear"``, ``"conv"`` (groups = bank), ``"conv_mixed"`` (groups = 1),
+            ``"depthwise_separable"``, or any callable ``(left, right) → node`` on ``[..., m, E]``.
+        expand: k of the expander, or None without one.
+        init: ``"original"``, or ``"variance_preserving"``: a node varies as much as its children.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        heads: int = 1,
+        bank: int = 1,
+        parallelize: bool = True,
+        *,
+        summarizer: str | Callable[[Tensor, Tensor], Tensor] = "linear",
+        expand: int | None = None,
+        init: str = "original",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value in (("embedding", embedding), ("heads", heads), ("bank", bank)):
+            check_positive(name, value)
+        _backend.check_name(backend)
+        self.embedding = embedding
+        self.heads = heads
+        self.bank = bank
+        self.parallelize = parallelize
+        self.backend = backend
+        self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
+        self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
+        self.expander: Expander | None = None
+        if expand is not None:
+            check_positive("expand", expand, 0)
+            self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
+        self.reset()
+
+    @property
+    def expand(self) -> int:
+        """k of the expander; 0 without one."""
+        return self.expander.expand if self.expander is not None else 0
+
+    def extra_repr(self) -> str:
+        return f"embedding={self.embedding}, heads={self.heads}, bank={self.bank}, backend={self.backend!r}"
+
+    # Parallel form
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: MemoryState | None = None,
+        return_state: bool = False,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MemoryState]:
+        """The layer over whole sequences, or over a chunk that continues from a state.
+
+        Args:
+            x: ``[B, L, E]``, a floating dtype, any strides; B = 0 and L = 0 are valid.
+            state: what came before; None for nothing. Rows may stand at different positions.
+            return_state: whether to return the memory after the last token, too.
+            lengths: ``[B]`` int32 or int64: rows are right-padded to L.
+            cu_seqlens: ``[S+1]`` int32 or int64: ``x [1, L, E]`` packs S documents; states have S rows.
+            max_length: with ``cu_seqlens``, an upper bound on a document's length (saves work).
+            attention_mask: ``[B, L]``, nonzero on one run of tokens per row: left or right padding.
+
+        Returns:
+            ``y [B, L, E]``, 0 on padding; with ``return_state``, ``(y, state)``.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: the state is exhausted.
+        """
+        self._check_input(x)
+        sequences = self._sequences(x, lengths, cu_seqlens, max_length, attention_mask)
+        if not self.parallelize and state is None and not return_state:
+            y, self._stream = self._run(x, sequences, self._stream, True)
+            return y
+        y, new_state = self._run(x, sequences, state, return_state)
+        if not return_state:
+            return y
+        assert new_state is not None
+        return y, new_state
+
+    def prefill(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+        """The layer over a prompt ``x [B, L, E]``, right-padded to ``lengths [B]``: ``(y, state)`` to `step` from."""
+        self._check_input(x)
+        y, state = self._run(x, self._sequences(x, lengths, None, None, None), None, True)
+        assert state is not None
+        return y, state
+
+    def _check_input(self, x: Tensor) -> None:
+        check_float("x", x)
+        check_shape("x", x, (None, None, self.embedding), "[batch, length, embedding]")
+        weight = self.sva.q.weight
+        check_device("x", x, weight.device)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
+
+    @staticmethod
+    def _sequences(
+        x: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_length: int | None,
+        attention_mask: Tensor | None,
+    ) -> Sequences:
+        batch, length = x.shape[:2]
+        if sum(part is not None for part in (lengths, cu_seqlens, attention_mask)) > 1:
+            raise ValueError("lengths, cu_seqlens, attention_mask: expected at most one of them, got several")
+        if lengths is not None:
+            check_device("lengths", lengths, x.device)
+            return Sequences.padded(batch, length, lengths)
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, (batch, length), "[batch, length]")
+            check_device("attention_mask", attention_mask, x.device)
+            return Sequences.masked(attention_mask)
+        if cu_seqlens is not None:
+            if batch != 1:
+                raise ValueError(f"x: expected shape [1, tokens, embedding] with cu_seqlens, got {list(x.shape)}")
+            check_device("cu_seqlens", cu_seqlens, x.device)
+            return Sequences.packed(length, cu_seqlens, max_length)
+        return Sequences.equal(batch, length)
+
+    def _run(
+        self, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+    ) -> tuple[Tensor, MemoryState | None]:
+        if state is not None:
+            state = self._fit(state, sequences.count, sequences.max_position, x.device)
+        is_token = sequences.is_token()
+        if is_token is None:
+            return self._layer(x, lambda h: self._mix(h, sequences, state, want_state))
+        # Padding is cut off on the way in and on the way out: whatever it holds, NaN included, reaches
+        # neither an output nor, multiplied by a zero gradient, a weight.
+        padding = ~is_token.view(*x.shape[:2], 1)
+        x = x.masked_fill(padding, 0)
+        y, new_state = self._layer(x, lambda h: self._mix(h, sequences, state, want_state))
+        return y.masked_fill(padding, 0), new_state
+
+    def _layer(self, x: Tensor, mix: Mix) -> tuple[Tensor, MemoryState | None]:
+        """What surrounds the mixing: nothing here, norms and residuals in a block."""
+        return mix(x)
+
+    def _fit(self, state: MemoryState, batch: int, tokens: int, device: torch.device) -> MemoryState:
+        if not isinstance(state, MemoryState):
+            raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+        state.check_for(batch, self.embedding, self.bank, self.expand, device)
+        return state.with_room(state.max_position + tokens)
+
+    def _mix(
+        self, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+    ) -> tuple[Tensor, MemoryState | None]:
+        flat = x.reshape(-1, self.embedding)
+        (flat,) = under_autocast(x.device.type, flat)
+        token = carried = None
+        if state is not None:
+            sequences = sequences.after(state.position, state.max_position, state.levels)
+            token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
+        nodes = self._nodes(flat, sequences, token, carried)
+        node_qv = self.sva.node_qv(nodes)
+        out, _ = attend(
+            self.sva.token_qkv(flat), node_qv, self.heads, sequences, expand=self.expand, backend=self.backend
+        )
+        y = self.sva.out_proj(out).view(x.shape)
+        if not want_state:
+            return y, None
+        return y, self._state_after(flat, nodes, node_qv, sequences, state)
+
+    def _nodes(self, flat: Tensor, sequences: Sequences, token: Tensor | None, carried: Tensor | None) -> Tensor:
+        summarizer = self.summarizer
+        if isinstance(summarizer, LinearMapSummarizer):
+            # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
+            if self.expander is None or flat.shape[0] > self.embedding:
+                merge = summarizer.merge()
+                if self.expander is not None:
+                    merge = self.expander.fold(merge)
+                merge = type(merge)(*under_autocast(flat.device.type, *merge))
+                return build_tree(flat, merge, sequences, token=token, carried=carried, backend=self.backend)
+        elif self.backend not in ("auto", "reference"):
+            raise _backend.BackendError(
+                f"backend={self.backend!r} cannot serve build_tree: a callable summarizer runs on the reference alone"
+            )
+        layout = self._layout(sequences, flat.device)
+        return build_tree_with(self._merge, flat, self.bank, token, carried, layout)
+
+    def _layout(self, sequences: Sequences, device: torch.device) -> Layout:
+        return Layout(
+            sequences.tokens,
+            sequences.count,
+            self.expand,
+            sequences.max_position,
+            sequences.spans,
+            sequences.carried_levels,
+            device,
+        )
+
+    def _merge(self, left: Tensor, right: Tensor) -> Tensor:
+        """Stacks ``[P, h, m, E]`` of two nodes → the stack ``[P, h+k, m, E]`` of their summary."""
+        if self.expander is not None:
+            left, right = self.expander(left), self.expander(right)
+        return self.summarizer(left, right)
+
+    def _state_after(
+        self, flat: Tensor, nodes: Tensor, node_qv: Tensor, sequences: Sequences, state: MemoryState | None
+    ) -> MemoryState:
+        if state is None:
+            levels = level_count(sequences.max_position)
+            dtype = torch.promote_types(self.sva.q.weight.dtype, torch.float32)
+        else:
+            levels, dtype = state.levels, state.nodes.dtype
+        layout = self._layout(sequences, flat.device)
+        _, length, offset, _, _ = layout.tables()
+        row, exists = layout.slots(torch.arange(sequences.count, device=flat.device), offset + length, levels)
+
+        def pick(table: Tensor) -> Tensor:
+            rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
+            return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0)
+
+        q, v = pick(node_qv).chunk(2, -1)
+        newest = pick(nodes)
+        token_row, token_exists = layout.newest_token()
+        tokens = flat if state is None else torch.cat([flat, state.token.to(flat.dtype)])
+        token = torch.where(token_exists[:, None], tokens.index_select(0, token_row).to(dtype), 0)
+        position = offset + length
+        if state is not None:
+            # What no token changed stays as it was, to the bit.
+            kept = (exists & (row >= layout.carry_base))[..., None, None]
+            newest, q, v = (
+                torch.where(kept, old, new)
+                for old, new in ((state.nodes, newest), (state.q, q), (state.v, v))
+            )
+            token = torch.where((length > 0)[:, None], token, state.token)
+        return MemoryState(position, token, newest, q, v, self.expand, levels, sequences.max_position)
+
+    # Sequential form
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_position: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MemoryState:
+        """An empty state, with room for ``max_position`` tokens (more room is made as it is needed).
+
+        Args:
+            batch_size: B.
+            max_position: tokens to make room for at once.
+            dtype: of the nodes; float32 at least where None.
+            device: that of the parameters where None.
+        """
+        weight = self.sva.q.weight
+        return MemoryState.empty(
+            batch_size,
+            self.embedding,
+            self.bank,
+            expand=self.expand,
+            levels=level_count(max_position),
+            dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
+            device=weight.device if device is None else device,
+        )
+
+    def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """One token a row: ``x_t [B, 1, E]`` → ``y_t [B, 1, E]`` and the new state (section 3).
+
+        The old state stays as it was. Differentiable in x_t, the parameters and the state.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: the state is exhausted.
+        """
+        self._check_input(x_t)
+        check_shape("x_t", x_t, (None, 1, self.embedding), "[batch, 1, embedding]")
+        fitted = self._fit(state, x_t.shape[0], 1, x_t.device)
+        _backend.resolve(self.backend, "step", x_t.device)
+        y, new_state = self._layer(x_t, lambda h: self._step(h, fitted))
+        assert new_state is not None
+        return y, new_state
+
+    def _step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        (x,) = under_autocast(x_t.device.type, x_t[:, 0])
+        state = self._advance(x, state)
+        q, k, v = self.sva.token_qkv(x).chunk(3, -1)
+        valid = torch.nn.functional.pad(state.valid().repeat_interleave(self.bank, 1), (1, 0), value=True)
+        q, v = (torch.cat([own[:, None].to(old.dtype), old.flatten(1, 2)], 1) for own, old in ((q, state.q), (v, state.v)))
+        y = self.sva.out_proj(ref_step.attend_slots(k, q, v, valid, self.heads))
+        return y[:, None], state
+
+    def _advance(self, x: Tensor, state: MemoryState) -> MemoryState:
+        """The state after the tokens ``x [B, E]``, which has room for them."""
+        position = state.position + 1
+        chain = state.levels
+        if concrete(position):
+            lowest = position & -position
+            chain = int(lowest.max()).bit_length() - 1 if lowest.numel() else 0
+        old = state.nodes.to(x.dtype)
+        levels = ref_step.update(x, position, state.token.to(x.dtype), old, self._merge, self.expand, chain)
+        advanced = replace(state, position=position, token=x.to(state.token.dtype), max_position=state.max_position + 1)
+        if not levels:
+            return advanced
+        count = state_rows(chain, self.expand)
+        fresh = torch.cat([stack for _, stack in levels], 1)
+        height = [stack_height(level, self.expand) for level in range(1, chain + 1)]
+        changed = torch.cat([flag[:, None].expand(-1, h) for (flag, _), h in zip(levels, height, strict=True)], 1)
+        new_q, new_v = self.sva.node_qv(fresh).chunk(2, -1)
+
+        def merge(new: Tensor, kept: Tensor) -> Tensor:
+            new = torch.where(changed[..., None, None], new.to(kept.dtype), kept[:, :count])
+            return torch.cat([new, kept[:, count:]], 1)
+
+        return replace(
+            advanced, nodes=merge(fresh, state.nodes), q=merge(new_q, state.q), v=merge(new_v, state.v)
+        )
+
+    # The original's face
+
+    def reset(self) -> None:
+        """Forget what ``sequential`` and ``forward`` with ``parallelize=False`` have seen."""
+        self._stream: MemoryState | None = None
+
+    @property
+    def ptr(self) -> int:
+        """Tokens that the layer's own memory has seen."""
+        return 0 if self._stream is None else self._stream.max_position
+
+    @property
+    def memory(self) -> list[Tensor] | None:
+        """The layer's own memory, newest node of each level: ``[B, m, 1, E]``; with an expander ``[B, h, m, 1, E]``."""
+        if self._stream is None:
+            return None
+        stacks, base = [self._stream.token[:, None, None, :].expand(-1, 1, self.bank, -1)], 0
+        for level in range(1, level_count(self.ptr) + 1):
+            height = stack_height(level, self.expand)
+            stacks.append(self._stream.nodes[:, base : base + height])
+            base += height
+        if self.expander is None:
+            return [stack[:, 0, :, None] for stack in stacks]
+        return [stack[:, :, :, None] for stack in stacks]
+
+    def parallel(self, x: Tensor) -> Tensor:
+        """The memory tensor of section 2 for ``x [B, L, E]``: ``[B, L, S, E]``, zeros where nothing is yet.
+
+        Of size B·L·log L·E: for inspection, and for code written for the original. `forward` needs none.
+        """
+        self._check_input(x)
+        batch, length = x.shape[:2]
+        sequences = Sequences.equal(batch, length)
+        nodes = self._nodes(x.reshape(-1, self.embedding), sequences, None, None)
+        layout = self._layout(sequences, x.device)
+        sequence = torch.arange(batch, device=x.device)[:, None].expand(-1, length)
+        position = torch.arange(1, length + 1, device=x.device).expand(batch, -1)
+        row, exists = layout.slots(sequence, position, level_count(length))
+        slots = nodes.index_select(1, row.flatten()).unflatten(1, row.shape).permute(1, 2, 3, 0, 4)
+        slots = torch.where(exists[..., None, None], slots, 0).flatten(2, 3)
+        return torch.cat([x[:, :, None], slots], 2)
+
+    def sequential(self, x_t: Tensor) -> Tensor:
+        """Take one token ``x_t [B, 1, E]`` into the layer's own memory and return its slots ``[B, 1, S, E]``."""
+        self._check_input(x_t)
+        check_shape("x_t", x_t, (None, 1, self.embedding), "[batch, 1, embedding]")
+        stream = self._stream if self._stream is not None else self.init_state(x_t.shape[0])
+        self._stream = self._advance(x_t[:, 0], self._fit(stream, x_t.shape[0], 1, x_t.device))
+        rows = state_rows(level_count(self.ptr), self.expand)
+        slots = self._stream.nodes[:, :rows].flatten(1, 2).to(x_t.dtype)
+        return torch.cat([x_t, slots], 1)[:, None]
+
+    def attention(self, memory: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Attention over a memory tensor ``[B, L, S, E]`` as `parallel` and `sequential` return it.
+
+        Which slots hold something follows from the position, not from zeros in them: row t of several is
+        position t+1, and of a single row every slot counts. ``positions`` (``[L]`` or ``[B, L]``) says
+        otherwise.
+        """
+        check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
+        length, count = memory.shape[1:3]
+        if positions is None and length == 1:
+            return self.sva(memory)
+        if positions is None:
+            positions = torch.arange(1, length + 1, device=memory.device)
+        level, levels = [0], 0
+        while len(level) < count:
+            levels += 1
+            level += [levels] * (self.bank * stack_height(levels, self.expand))
+        if len(level) != count:
+            raise ValueError(f"memory: expected whole levels of {self.bank} banks, got {count} slots")
+        valid = (positions[..., None] >> torch.tensor(level, device=memory.device)) > 0
+        return self.sva(memory, valid)

@@ -1,0 +1,245 @@
+"""The memory of a layer between calls: O(bank · log n) nodes per row, with their cached q and v."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from python_ref.layout import level_count, stack_height, state_rows
+
+from ._checks import check_device, check_ids, check_positive, check_shape
+
+LAYOUT_VERSION = 1
+MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
+_TENSORS = ("position", "token", "nodes", "q", "v")
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """What a layer remembers of B sequences, each at its own position (specification, section 3).
+
+    Layers never change a state: they return a new one, and gradients flow through both. Only `restore`
+    writes in place.
+
+    Attributes:
+        position: ``[B]`` int64, tokens seen.
+        token: ``[B, E]`` the newest token, as the mixing layer saw it (behind its norm).
+        nodes: ``[B, R, m, E]`` the newest complete node of levels 1, 2, …, D: 1 + i·expand rows for
+            level i. Zero, and without effect, where position < 2^i.
+        q, v: ``[B, R, m, E]`` their projections.
+        expand: k of the expander, 0 without one.
+        levels: D, the levels that there is room for; layers make room as positions grow.
+        max_position: upper bound on every position, known without reading the device.
+    """
+
+    position: Tensor
+    token: Tensor
+    nodes: Tensor
+    q: Tensor
+    v: Tensor
+    expand: int
+    levels: int
+    max_position: int
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        embedding: int,
+        bank: int,
+        *,
+        expand: int = 0,
+        levels: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MemoryState:
+        """The state before the first token, with room for ``levels`` levels."""
+        check_positive("batch_size", batch_size, 0)
+        shape = (batch_size, state_rows(levels, expand), bank, embedding)
+        nodes, q, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
+        return cls(position, token, nodes, q, v, expand, levels, 0)
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def valid(self) -> Tensor:
+        """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
+        level = torch.tensor(
+            [i for i in range(1, self.levels + 1) for _ in range(stack_height(i, self.expand))],
+            dtype=torch.int64,
+            device=self.position.device,
+        )
+        return (self.position[:, None] >> level) > 0
+
+    def with_room(self, max_position: int) -> MemoryState:
+        """The same memory with room for all levels below ``max_position``.
+
+        Raises:
+            RuntimeError: the state is exhausted: positions would pass 2^62.
+        """
+        if max_position >> (self.levels + 1) == 0:
+            return self
+        if max_position > MAX_POSITION:
+            raise RuntimeError(f"state: expected positions of at most 2^62 - 1, got up to {max_position}: exhausted")
+        levels = level_count(max_position)
+        missing = state_rows(levels, self.expand) - state_rows(self.levels, self.expand)
+        grown = (torch.nn.functional.pad(part, (0, 0, 0, 0, 0, missing)) for part in (self.nodes, self.q, self.v))
+        nodes, q, v = grown
+        return replace(self, nodes=nodes, q=q, v=v, levels=levels)
+
+    def reorder(self, index: Tensor) -> MemoryState:
+        """Rows ``index [B']`` (int32 or int64, 0 … B-1) of this state, in that order; for beams and slots."""
+        check_ids("index", index, tuple(index.shape[:1]), 0, self.batch_size - 1)
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def reset(self, rows: Tensor | None = None) -> MemoryState:
+        """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
+        if rows is None:
+            return replace(self._map(torch.zeros_like), max_position=0)
+        if rows.dtype == torch.bool:
+            check_shape("rows", rows, (self.batch_size,))
+            gone = rows
+        else:
+            check_ids("rows", rows, tuple(rows.shape[:1]), 0, self.batch_size - 1)
+            gone = torch.zeros(self.batch_size, dtype=torch.bool, device=self.position.device)
+            gone = gone.index_fill(0, rows.long(), True)
+        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
+
+    def clone(self) -> MemoryState:
+        """A copy that shares no storage; gradients flow through."""
+        return self._map(torch.clone)
+
+    def detach(self) -> MemoryState:
+        """The same memory cut off from the graph: truncated back-propagation through time."""
+        return self._map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
+        """The state on a device, its nodes, q and v in a floating dtype; positions stay int64."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def snapshot(self) -> MemoryState:
+        """A detached copy, to `restore` from."""
+        return self.detach().clone()
+
+    def restore(self, snapshot: MemoryState) -> MemoryState:
+        """Write a snapshot into this state's own tensors, whose addresses stay, and return the state.
+
+        Raises:
+            ValueError: the snapshot is of another shape, or deeper than this state has room for.
+            RuntimeError: this state is part of a graph; detach it first.
+        """
+        if any(tensor.requires_grad for tensor in self._tensors()):
+            raise RuntimeError("state: expected one outside of any graph to restore into, got one that requires grad")
+        if snapshot.levels < self.levels:
+            snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
+        self.check_like(snapshot, "snapshot")
+        with torch.no_grad():
+            for own, kept in zip(self._tensors(), snapshot._tensors(), strict=True):
+                own.copy_(kept)
+        return replace(self, max_position=snapshot.max_position)
+
+    def check_like(self, other: MemoryState, name: str) -> None:
+        if not isinstance(other, MemoryState):
+            raise TypeError(f"{name}: expected a MemoryState, got {type(other).__name__}")
+        if other.expand != self.expand:
+            raise ValueError(f"{name}: expected expand={self.expand}, got {other.expand}")
+        for part, own, theirs in zip(_TENSORS, self._tensors(), other._tensors(), strict=True):
+            check_shape(f"{name}.{part}", theirs, tuple(own.shape))
+            check_device(f"{name}.{part}", theirs, own.device)
+
+    def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
+        """Whether a layer with these sizes can continue from this state.
+
+        Raises:
+            ValueError: the state belongs to another layer or batch, or is on another device.
+        """
+        if self.expand != expand:
+            raise ValueError(f"state: expected one with expand={expand}, got {self.expand}")
+        rows = state_rows(self.levels, expand)
+        check_shape("state.position", self.position, (batch_size,), "[batch]")
+        check_shape("state.token", self.token, (batch_size, embedding), "[batch, embedding]")
+        for name in ("nodes", "q", "v"):
+            check_shape(
+                f"state.{name}",
+                getattr(self, name),
+                (batch_size, rows, bank, embedding),
+                "[batch, rows, bank, embedding]",
+            )
+        check_device("state", self.nodes, device)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.position, self.token, self.nodes, self.q, self.v
+
+    def _map(self, function) -> MemoryState:
+        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+
+def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
+    """Write the states of a model's layers to one safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; an older file of that name is left as it was.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+    from safetensors.torch import save
+
+    sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
+    tensors = {
+        f"{layer}.{name}": getattr(state, name).detach().contiguous()
+        for layer, state in enumerate(states)
+        for name in _TENSORS
+    }
+    data = save(tensors, {"lmn_kernels.layout": str(LAYOUT_VERSION), "lmn_kernels.states": json.dumps(sizes)})
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> list[MemoryState]:
+    """Read what `save_states` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no state file, or one of a layout version that this package does not know.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("lmn_kernels.layout")
+            if version != str(LAYOUT_VERSION):
+                raise ValueError(f"{path}: expected state layout {LAYOUT_VERSION}, got {version}")
+            sizes: Iterable[dict[str, int]] = json.loads(metadata["lmn_kernels.states"])
+            return [
+                MemoryState(**{name: file.get_tensor(f"{layer}.{name}") for name in _TENSORS}, **size)
+                for layer, size in enumerate(sizes)
+            ]
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file with states, got {error}") from error

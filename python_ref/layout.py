@@ -1,0 +1,292 @@
+"""Where every node of a batch of sequences lives.
+
+One layout serves equal-length batches, right- and left-padded batches, packed documents and chunks
+that continue from a state. The tokens of all sequences are the rows of one matrix ``x [M, E]``; a
+sequence is a *span* ``(start, length, offset)``: its tokens are the rows ``start … start+length-1``
+of x and the positions ``n = offset+1 … offset+length`` of the sequence (positions count from 1, as
+in section 1 of the specification).
+
+The nodes of one bank are the rows of one matrix, level after level, and within a level sequence
+after sequence. A node of level i takes ``1 + i·expand`` rows: the stack of the expander, a single
+row without one. Behind the new nodes stand the nodes that the sequences carried in (continued
+chunks), and at the very end the *null row*, which is zero and stands for every node that is absent.
+
+``position n`` reads, at level i, ``node(i, (n >> i) - 1)``. All tables below are integer tensors that
+follow from the spans by arithmetic alone: they are built on the device that holds the spans, and no
+value is ever read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def level_count(position: int) -> int:
+    """Levels that hold a complete block once ``position`` tokens were seen: ⌊log2 position⌋."""
+    return max(position, 1).bit_length() - 1
+
+
+def stack_height(level: int, expand: int) -> int:
+    """Rows that one node of ``level`` takes (section 6, expander)."""
+    return 1 + level * expand
+
+
+def state_rows(levels: int, expand: int) -> int:
+    """Rows that the newest nodes of levels 1 … ``levels`` take."""
+    return sum(stack_height(i, expand) for i in range(1, levels + 1))
+
+
+def node_rows(tokens: int, sequences: int, expand: int, carried_levels: int | None) -> int:
+    """Rows of a node matrix: a bound that needs neither tables nor levels, so that it can be traced.
+
+    Fresh sequences have fewer nodes than tokens, and Σ_i ⌊M/2^i⌋·(1+i·k) ≤ (1+2k)·M. A continued one
+    completes at most one node more at each carried level, and 2^(1-r) more at the r-th level above.
+    """
+    rows = (1 + 2 * expand) * tokens + 1
+    if carried_levels is not None:
+        slack = state_rows(carried_levels, expand) + 2 * stack_height(carried_levels + 1, expand) + 2 * expand
+        rows += sequences * (slack + state_rows(carried_levels, expand))
+    return rows
+
+
+def _level_nodes(level: int, tokens: int, sequences: int, carried_levels: int | None) -> int:
+    """Upper bound on the new nodes of a level over all sequences, whatever their spans."""
+    if carried_levels is None:
+        return tokens >> level
+    if level <= carried_levels:
+        return (tokens >> level) + sequences
+    # An offset is below 2^(carried_levels+1).
+    return (tokens + (sequences << (carried_levels + 1))) >> level
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """Which tokens and nodes the tiles of 2^k consecutive positions hold (aligned on n, not on t).
+
+    Attributes:
+        width: positions in a tile.
+        token_row: ``[G, width]`` row of x at each place; 0 where ``token_valid`` is False.
+        token_valid: ``[G, width]`` whether the place belongs to a sequence.
+        key_row: ``[G, K]`` row of the node matrix for each key of a tile; the null row where absent.
+        key_valid: ``[G, K]`` whether that node exists.
+        visible: ``[width, K]`` whether a place may read a key that exists; the same for all tiles.
+    """
+
+    width: int
+    token_row: Tensor
+    token_valid: Tensor
+    key_row: Tensor
+    key_valid: Tensor
+    visible: Tensor
+
+
+class Layout:
+    """Row arithmetic of one batch of sequences.
+
+    Args:
+        tokens: M, rows of x.
+        sequences: S.
+        expand: k of the expander, 0 without one.
+        max_position: upper bound on ``offset + length`` of any span.
+        spans: ``[S, 3]`` int64 (start, length, offset), or None for S fresh sequences of M/S tokens.
+        carried_levels: levels of the carried nodes, or None where nothing is carried (offsets are 0).
+        device: where the tables are built.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        sequences: int,
+        expand: int,
+        max_position: int,
+        spans: Tensor | None,
+        carried_levels: int | None,
+        device: torch.device,
+    ):
+        self.tokens = tokens
+        self.sequences = sequences
+        self.expand = expand
+        self.device = device
+        self.spans = spans
+        self.carried_levels = carried_levels
+        self.levels = level_count(max_position)
+        self.equal_length = tokens // sequences if spans is None and sequences else 0
+        self.rows = node_rows(tokens, sequences, expand, carried_levels)
+        self.null_row = self.rows - 1
+        self.carry_rows = 0 if carried_levels is None else state_rows(carried_levels, expand)
+        self.carry_base = self.null_row - sequences * self.carry_rows
+        self.level_nodes = [tokens] + [
+            sequences * (self.equal_length >> i)
+            if spans is None
+            else _level_nodes(i, tokens, sequences, carried_levels)
+            for i in range(1, self.levels + 1)
+        ]
+        self.level_base = [0]
+        base = 0
+        for level in range(1, self.levels + 1):
+            self.level_base.append(base)
+            base += self.level_nodes[level] * stack_height(level, expand)
+        self.unused_base = base
+        self._tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._tiles: dict[int, TileTable] = {}
+
+    def level_slice(self, level: int) -> slice:
+        """Rows of the new nodes of a level ≥ 1."""
+        base = self.level_base[level]
+        return slice(base, base + self.level_nodes[level] * stack_height(level, self.expand))
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``start, length, offset [S]``, ``first [D+1, S]`` (index of the first new node of each level)
+        and ``place [D+1, S+1]`` (running count of new nodes before a sequence)."""
+        if self._tables is None:
+            if self.spans is None:
+                index = torch.arange(self.sequences, device=self.device)
+                start = index * self.equal_length
+                length = torch.full_like(index, self.equal_length)
+                offset = torch.zeros_like(index)
+            else:
+                start, length, offset = self.spans.unbind(1)
+            shift = torch.arange(self.levels + 1, device=self.device)[:, None]
+            first = offset >> shift
+            count = ((offset + length) >> shift) - first
+            place = torch.nn.functional.pad(count.cumsum(1), (1, 0))
+            self._tables = (start, length, offset, first, place)
+        return self._tables
+
+    def node_row(self, level: Tensor, sequence: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Row of ``node(level, index)`` of a sequence, and whether that node exists here.
+
+        Level 0 counts rows of x, followed by the carried tokens of the sequences (one each).
+        """
+        start, length, offset, first_table, place_table = self.tables()
+        heights = 1 + level * self.expand
+        first = first_table[level, sequence]
+        fresh = index - first
+        end = (offset + length)[sequence] >> level
+        bases = torch.tensor(self.level_base, device=self.device)
+        new_row = bases[level] + (place_table[level, sequence] + fresh) * heights
+        new_row = torch.where(level == 0, start[sequence] + fresh, new_row)
+        exists = (fresh >= 0) & (index < end)
+        if self.carried_levels is None:
+            absent = torch.where(level == 0, 0, self.null_row)
+            return torch.where(exists, new_row, absent), exists
+        # The carried rows of level i stand behind those of levels 1 … i-1: Σ (1 + l·k).
+        below = (level - 1) + self.expand * (level * (level - 1) // 2)
+        carried_row = self.carry_base + sequence * self.carry_rows + below
+        carried_row = torch.where(level == 0, self.tokens + sequence, carried_row)
+        carried = (fresh == -1) & (index >= 0) & (level <= self.carried_levels)
+        row = torch.where(exists, new_row, torch.where(carried, carried_row, self.null_row))
+        row = torch.where((level == 0) & ~(exists | carried), 0, row)
+        return row, exists | carried
+
+    def children(self, level: int) -> Tensor:
+        """``[P, 2]`` rows of the left and right child of every new node of a level (section 1).
+
+        Places beyond the last node of the last sequence name absent children (row 0 at level 0, else
+        the null row); what is computed from them is never read.
+        """
+        _, _, _, first, place = self.tables()
+        number = torch.arange(self.level_nodes[level], device=self.device)
+        sequence = torch.searchsorted(place[level, 1:].contiguous(), number, right=True)
+        sequence = sequence.clamp(max=max(self.sequences - 1, 0))
+        index = first[level, sequence] + number - place[level, sequence]
+        below = torch.full_like(number, level - 1)
+        left, _ = self.node_row(below, sequence, 2 * index)
+        right, _ = self.node_row(below, sequence, 2 * index + 1)
+        return torch.stack([left, right], 1)
+
+    def slots(self, sequence: Tensor, position: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        """Rows of the memory of ``position n`` of a sequence (section 2).
+
+        Args:
+            sequence, position: ``[...]`` int64, of one shape.
+            levels: levels of the memory; those above 2^i > n are absent.
+
+        Returns:
+            ``row, exists [..., state_rows(levels)]``: every stack entry of levels 1 … ``levels``.
+        """
+        level, entry = _stack_entries(range(1, levels + 1), self.expand, self.device)
+        index = (position[..., None] >> level) - 1
+        known = level.clamp(max=self.levels).expand_as(index)
+        row, exists = self.node_row(known, sequence[..., None].expand_as(index), index)
+        exists = exists & (level <= self.levels)
+        return torch.where(exists, row + entry, self.null_row), exists
+
+    def newest_token(self) -> tuple[Tensor, Tensor]:
+        """``[S]`` row of each sequence's newest token (the carried ones follow the rows of x), and whether it exists."""
+        _, length, offset, _, _ = self.tables()
+        sequence = torch.arange(self.sequences, device=self.device)
+        return self.node_row(torch.zeros_like(length), sequence, offset + length - 1)
+
+    def tiles(self, width: int) -> TileTable:
+        """The tile table for tiles of ``width`` (a power of two) positions."""
+        if width not in self._tiles:
+            self._tiles[width] = self._build_tiles(width)
+        return self._tiles[width]
+
+    def _build_tiles(self, width: int) -> TileTable:
+        start, length, offset, _, _ = self.tables()
+        shift = width.bit_length() - 1
+        first_tile = (offset + 1) >> shift
+        tile_count = torch.where(length > 0, ((offset + length) >> shift) - first_tile + 1, 0)
+        tiles_before = torch.nn.functional.pad(tile_count.cumsum(0), (1, 0))
+        if self.spans is None:
+            total = self.sequences * ((self.equal_length >> shift) + 1) if self.tokens else 0
+        else:
+            total = (self.tokens >> shift) + self.sequences * (1 if self.carried_levels is None else 2)
+        number = torch.arange(total, device=self.device)
+        sequence = torch.searchsorted(tiles_before[1:].contiguous(), number, right=True)
+        real = sequence < self.sequences
+        sequence = sequence.clamp(max=max(self.sequences - 1, 0))
+        base = (first_tile[sequence] + number - tiles_before[sequence]) << shift
+
+        place = torch.arange(width, device=self.device)
+        n = base[:, None] + place
+        begin = offset[sequence][:, None]
+        token_valid = (n > begin) & (n <= begin + length[sequence][:, None]) & real[:, None]
+        token_row = torch.where(token_valid, start[sequence][:, None] + n - begin - 1, 0)
+
+        # Levels below the tile's own have width/2^i nodes of their own, the others one for all places.
+        low = range(1, min(shift, self.levels + 1))
+        high = range(max(shift, 1), self.levels + 1)
+        level, entry = _stack_entries([i for i in low for _ in range(width >> i)] + list(high), self.expand, self.device)
+        slots = [a for i in low for a in range(width >> i) for _ in range(stack_height(i, self.expand))]
+        slot = torch.tensor(slots + [0] * (len(level) - len(slots)), dtype=torch.int64, device=self.device)
+        index = (base[:, None] >> level) + slot - 1
+        row, exists = self.node_row(level.expand_as(index), sequence[:, None].expand_as(index), index)
+        exists = exists & real[:, None]
+        key_row = torch.where(exists, row + entry, self.null_row)
+        visible = (level >= shift) | ((place[:, None] >> level) == slot)
+        return TileTable(width, token_row, token_valid, key_row, exists, visible)
+
+
+def _stack_entries(levels: Iterable[int], expand: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Level and stack entry of every row of a list of nodes given by their levels."""
+    pairs = [(i, e) for i in levels for e in range(stack_height(i, expand))]
+    table = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+@lru_cache(maxsize=16)
+def _equal_layout(tokens: int, sequences: int, expand: int, max_position: int, device: torch.device) -> Layout:
+    return Layout(tokens, sequences, expand, max_position, None, None, device)
+
+
+def make_layout(
+    tokens: int,
+    sequences: int,
+    expand: int,
+    max_position: int,
+    spans: Tensor | None,
+    carried_levels: int | None,
+    device: torch.device,
+) -> Layout:
+    """A `Layout`; that of an equal-length batch depends on sizes alone and is kept."""
+    if spans is None and carried_levels is None:
+        return _equal_layout(tokens, sequences, expand, max_position, device)
+    return Layout(tokens, sequences, expand, max_position, spans, carried_levels, device)

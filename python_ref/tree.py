@@ -1,0 +1,282 @@
+"""Building all nodes of a batch of sequences, level by level (section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, stack_height
+
+
+class LinearMerge(NamedTuple):
+    """A summarizer as a linear map of two stacks; every variant of section 6 is one.
+
+    ``node[s] = Σ_κ pair[s-κ] · weight[κ] + bias`` with ``pair[s] = [left[s] ; right[s]]``, or with
+    ``pair[s] = scale[0] ⊙ left[s] + scale[1] ⊙ right[s]`` where ``scale`` is given.
+
+    Attributes:
+        weight: ``[G, 1+k, 2C, C]`` (``[G, 1+k, C, C]`` with ``scale``): G groups of C = m·E/G features.
+        bias: ``[G, C]``.
+        scale: ``[2, G, C]`` of the depthwise-separable summarizer, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+
+
+class _Groups:
+    """Conversions between nodes ``[m, P·h, E]`` and what the groups of a summarizer multiply."""
+
+    def __init__(self, summarizer: LinearMerge, bank: int):
+        self.groups = summarizer.weight.shape[0]
+        self.bank = bank
+        self.scale = summarizer.scale
+
+    def split(self, nodes: Tensor) -> Tensor:
+        """``[m, ..., E]`` → ``[G, ..., C]``."""
+        if self.groups == self.bank:
+            return nodes
+        shape = nodes.shape[1:-1]
+        return nodes.movedim(0, -2).reshape(self.groups, *shape, self.bank * nodes.shape[-1])
+
+    def join(self, grouped: Tensor) -> Tensor:
+        """``[G, ..., C]`` → ``[m, ..., E]``."""
+        if self.groups == self.bank:
+            return grouped
+        return grouped[0].unflatten(-1, (self.bank, -1)).movedim(-2, 0)
+
+    def pair(self, children: Tensor) -> Tensor:
+        """Children ``[G, P, 2, h, C]`` → matrix ``[G, P·h, 2C]`` (``C`` with a scale)."""
+        groups, places, _, height, size = children.shape
+        if self.scale is not None:
+            mixed = children * self.scale.transpose(0, 1)[:, None, :, None, :]
+            return mixed.sum(2).reshape(groups, places * height, size)
+        return children.transpose(2, 3).reshape(groups, places * height, 2 * size)
+
+    def unpair(self, grad: Tensor, height: int) -> Tensor:
+        """Gradient of `pair` with respect to the children."""
+        if self.scale is not None:
+            grad = grad.unflatten(1, (-1, height))[:, :, None]
+            return grad * self.scale.transpose(0, 1)[:, None, :, None, :]
+        return grad.unflatten(1, (-1, height)).unflatten(-1, (2, -1)).transpose(2, 3)
+
+
+def _fold(taps: Tensor, height: int, expand: int) -> Tensor:
+    """``[G, P·h, (1+k)·C]`` → ``[G, P, h+k, C]``: entry s sums tap κ of entry s-κ."""
+    taps = taps.unflatten(1, (-1, height)).unflatten(-1, (1 + expand, -1))
+    if expand == 0:
+        return taps[..., 0, :]
+    return sum(
+        torch.nn.functional.pad(taps[..., tap, :], (0, 0, tap, expand - tap)) for tap in range(1 + expand)
+    )
+
+
+def _unfold(grad: Tensor, height: int, expand: int) -> Tensor:
+    """Gradient of `_fold`: ``[G, P, h+k, C]`` → ``[G, P·h, (1+k)·C]``."""
+    if expand == 0:
+        return grad.flatten(1, 2)
+    return torch.cat([grad[:, :, tap : tap + height] for tap in range(1 + expand)], -1).flatten(1, 2)
+
+
+def _children(source: Tensor, rows: Tensor | None, level: int, layout: Layout) -> Tensor:
+    """Children ``[m, P, 2, h, E]`` of the new nodes of a level.
+
+    Args:
+        source: ``[m, rows, E]``. Where sequences are of equal length: the level below, and the result
+            is a view of it. Else: what ``rows`` counts.
+        rows: ``[P, 2, h]`` rows of the children's stack entries, or None for equal lengths.
+    """
+    bank, _, size = source.shape
+    height = stack_height(level - 1, layout.expand)
+    if rows is not None:
+        return source.index_select(1, rows.flatten()).reshape(bank, -1, 2, height, size)
+    each = layout.equal_length >> level
+    pairs = source.reshape(bank, layout.sequences, -1, height, size)[:, :, : 2 * each]
+    return pairs.reshape(bank, layout.sequences * each, 2, height, size)
+
+
+def _child_rows(level: int, layout: Layout) -> Tensor | None:
+    """``[P, 2, h]`` for `_children` and `_add_children_grad`; None for equal lengths."""
+    if layout.spans is None:
+        return None
+    rows = layout.children(level)[..., None]
+    height = stack_height(level - 1, layout.expand)
+    if height == 1:
+        return rows
+    return rows + torch.arange(height, device=rows.device) * (rows != layout.null_row)
+
+
+def _source(x: Tensor, nodes: Tensor, token: Tensor | None, level: int, layout: Layout) -> Tensor:
+    """What the children of a level are read from, ``[m, rows, E]``."""
+    if level == 1:
+        return (x if token is None else torch.cat([x, token])).expand(nodes.shape[0], -1, -1)
+    return nodes if layout.spans is not None else nodes[:, layout.level_slice(level - 1)]
+
+
+def _add_children_grad(
+    grad_x: Tensor, grad_nodes: Tensor, grad_token: Tensor | None, grad: Tensor, level: int, layout: Layout
+) -> None:
+    """Add the gradient of `_children`, ``[m, P, 2, h, E]``, to that of what it read."""
+    height, size = grad.shape[3:]
+    if level == 1:
+        grad = grad.sum(0, keepdim=True)
+    rows = _child_rows(level, layout)
+    if rows is None:
+        each = layout.equal_length >> level
+        target = grad_nodes[:, layout.level_slice(level - 1)] if level > 1 else grad_x[None]
+        target = target.unflatten(1, (layout.sequences, -1, height))[:, :, : 2 * each]
+        target += grad.reshape(grad.shape[0], layout.sequences, 2 * each, height, size)
+        return
+    rows, grad = rows.flatten(), grad.reshape(grad.shape[0], -1, size)
+    if level > 1:
+        grad_nodes.index_add_(1, rows, grad)
+    elif grad_token is None:
+        grad_x.index_add_(0, rows, grad[0])
+    else:
+        both = grad.new_zeros(layout.tokens + layout.sequences, size).index_add_(0, rows, grad[0])
+        grad_x += both[: layout.tokens]
+        grad_token += both[layout.tokens :]
+
+
+def build_tree(
+    x: Tensor, summarizer: LinearMerge, bank: int, token: Tensor | None, carried: Tensor | None, layout: Layout
+) -> Tensor:
+    """All nodes of all sequences (section 1), and the carried ones behind them.
+
+    Args:
+        x: ``[M, E]`` tokens.
+        summarizer: the linear map that merges two nodes.
+        bank: m.
+        token: ``[S, E]`` newest token before each sequence (continued chunks), or None.
+        carried: ``[S, R, m, E]`` newest nodes of levels 1, 2, … before each sequence, or None.
+        layout: the rows.
+
+    Returns:
+        ``[m, layout.rows, E]``; rows that hold no node are zero or finite, the null row is zero.
+    """
+    expand = layout.expand
+    groups = _Groups(summarizer, bank)
+    weight = summarizer.weight.transpose(1, 2).flatten(2)
+    nodes = x.new_empty(bank, layout.rows, x.shape[1])
+    nodes[:, layout.unused_base :] = 0
+    if carried is not None:
+        nodes[:, layout.carry_base : layout.null_row] = carried.flatten(0, 1).transpose(0, 1)
+    for level in range(1, layout.levels + 1):
+        if layout.level_nodes[level] == 0:
+            continue
+        height = stack_height(level - 1, expand)
+        source = _source(x, nodes, token, level, layout)
+        pair = groups.pair(groups.split(_children(source, _child_rows(level, layout), level, layout)))
+        target = nodes[:, layout.level_slice(level)]
+        if expand == 0 and groups.groups == bank:
+            torch.baddbmm(summarizer.bias[:, None], pair, weight, out=target)
+        else:
+            merged = _fold(torch.bmm(pair, weight), height, expand) + summarizer.bias[:, None, None]
+            target.copy_(groups.join(merged.flatten(1, 2)))
+    return nodes
+
+
+def build_tree_backward(
+    grad_nodes: Tensor,
+    x: Tensor,
+    nodes: Tensor,
+    summarizer: LinearMerge,
+    token: Tensor | None,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `build_tree` with respect to x, weight, bias, scale, token and carried.
+
+    From the top level down: a node's gradient is its own plus what its parent sends. The weight
+    gradient accumulates over the levels in that fixed order.
+    """
+    expand, bank = layout.expand, nodes.shape[0]
+    groups = _Groups(summarizer, bank)
+    weight = summarizer.weight.transpose(1, 2).flatten(2)
+    total = grad_nodes.clone(memory_format=torch.contiguous_format)
+    total[:, layout.null_row] = 0
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    # Sums over all nodes are kept in float32 at least; each is rounded once, at the end.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_weight = torch.zeros_like(weight, dtype=wide)
+    grad_bias = torch.zeros_like(summarizer.bias, dtype=wide)
+    grad_scale = None if summarizer.scale is None else torch.zeros_like(summarizer.scale, dtype=wide)
+    grad_token = None if token is None else torch.zeros_like(token)
+    for level in range(layout.levels, 0, -1):
+        if layout.level_nodes[level] == 0:
+            continue
+        height = stack_height(level - 1, expand)
+        source = _source(x, nodes, token, level, layout)
+        children = groups.split(_children(source, _child_rows(level, layout), level, layout))
+        pair = groups.pair(children)
+        grad = groups.split(total[:, layout.level_slice(level)])
+        grad_bias += grad.sum(1, dtype=wide)
+        taps = _unfold(grad.unflatten(1, (-1, height + expand)), height, expand)
+        grad_weight += torch.bmm(pair.transpose(1, 2), taps)
+        grad_pair = torch.bmm(taps, weight.transpose(1, 2))
+        if grad_scale is not None:
+            split = grad_pair.unflatten(1, (-1, height))[:, :, None]
+            grad_scale += (children * split).sum((1, 3), dtype=wide).transpose(0, 1)
+        grad_children = groups.join(groups.unpair(grad_pair, height))
+        _add_children_grad(grad_x, total, grad_token, grad_children, level, layout)
+    grad_weight = grad_weight.unflatten(2, (1 + expand, -1)).transpose(1, 2).contiguous().to(x.dtype)
+    grad_bias = grad_bias.to(x.dtype)
+    grad_scale = None if grad_scale is None else grad_scale.to(x.dtype)
+    grad_carried = None
+    if layout.carried_levels is not None:
+        grad_carried = total[:, layout.carry_base : layout.null_row].transpose(0, 1)
+        grad_carried = grad_carried.unflatten(0, (layout.sequences, -1)).contiguous()
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_token, grad_carried
+
+
+def merge_stacks(summarizer: LinearMerge, left: Tensor, right: Tensor) -> Tensor:
+    """One merge, differentiable any number of times: two stacks ``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
+    places, height, bank, _ = left.shape
+    expand = summarizer.weight.shape[1] - 1
+    groups = _Groups(summarizer, bank)
+    pair = groups.pair(groups.split(torch.stack([left, right], 1).permute(3, 0, 1, 2, 4)))
+    taps = torch.bmm(pair, summarizer.weight.transpose(1, 2).flatten(2))
+    merged = _fold(taps, height, expand) + summarizer.bias[:, None, None]
+    return groups.join(merged).permute(1, 2, 0, 3)
+
+
+def build_tree_with(
+    merge: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    bank: int,
+    token: Tensor | None,
+    carried: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """`build_tree` for any summarizer, by plain autograd, linear in memory.
+
+    Args:
+        merge: ``(left, right) → node`` on stacks ``[P, h, m, E]`` → ``[P, h+k, m, E]``.
+
+    Shapes are those of `build_tree`.
+    """
+    size, levels = x.shape[1], []
+    below = (x if token is None else torch.cat([x, token])).expand(bank, -1, -1)
+    tail = x.new_zeros(bank, layout.rows - layout.unused_base, size)
+    if carried is not None:
+        lead = layout.carry_base - layout.unused_base
+        tail = torch.cat([tail[:, :lead], carried.flatten(0, 1).transpose(0, 1), tail[:, -1:]], 1)
+    for level in range(1, layout.levels + 1):
+        if layout.level_nodes[level] == 0:
+            break
+        rows = _child_rows(level, layout)
+        if rows is not None and level > 1:
+            # ``below`` holds one level, then everything that stands behind the new nodes.
+            slot = layout.level_slice(level - 1)
+            rows = torch.where(rows < slot.stop, rows - slot.start, rows - layout.unused_base + slot.stop - slot.start)
+        stacks = _children(below, rows, level, layout).permute(1, 2, 3, 0, 4)
+        node = merge(stacks[:, 0], stacks[:, 1])
+        expected = (stacks.shape[0], stack_height(level, layout.expand), bank, size)
+        if tuple(node.shape) != expected:
+            raise ValueError(f"summarizer: expected a node of shape {expected}, got {tuple(node.shape)}")
+        levels.append(node.permute(2, 0, 1, 3).reshape(bank, -1, size))
+        below = levels[-1] if rows is None else torch.cat([levels[-1], tail], 1)
+    return torch.cat([*levels, tail], 1)
