@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +26,25 @@ from tqdm import tqdm
 
 from bench import materialized
 from lmn_kernels import LogarithmicMixing
+from lmn_kernels.summarizers import Summarizer
 
 # batch, length, embedding, heads, bank
-SHAPES = {
-    "wide": (1, 4096, 256, 4, 1),
-    "paper": (16, 512, 32, 4, 2),
-}
-QUICK_SHAPES = {
-    "wide": (1, 1024, 128, 4, 1),
-    "paper": (4, 256, 32, 4, 2),
-}
+Shape = tuple[int, int, int, int, int]
+SHAPES: list[Shape] = [(1, 4096, 256, 4, 1), (16, 512, 32, 4, 2)]
+QUICK_SHAPES: list[Shape] = [(1, 1024, 128, 4, 1), (4, 256, 32, 4, 2)]
+WARM_UP = 2
+
+
+@dataclass
+class Row:
+    """One line of the table; a time is (median, 20th, 80th percentile)."""
+
+    what: str
+    shape: Shape
+    unit: str
+    ours: list[float]
+    materialized: list[float]
+    ratio: float
 
 
 def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
@@ -54,29 +64,38 @@ def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
     return total
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(work: Callable[[Callable[[], torch.Tensor]], None], form: Callable[[], torch.Tensor]) -> float:
     start = time.perf_counter()
-    run()
+    work(form)
     return time.perf_counter() - start
 
 
-def compare(shape: tuple[int, int, int, int, int], repeats: int, bar: tqdm) -> list[dict[str, object]]:
+def _spread(seconds: list[float]) -> list[float]:
+    low, *_, high = statistics.quantiles(seconds, n=5)
+    return [round(1e3 * value, 2) for value in (statistics.median(seconds), low, high)]
+
+
+def compare(shape: Shape, repeats: int, bar: tqdm) -> list[Row]:
     """Forward, forward+backward and saved bytes of both forms at one shape."""
     batch, length, embedding, heads, bank = shape
     torch.manual_seed(0)
     layer = LogarithmicMixing(embedding, heads, bank, init="variance_preserving", backend="reference")
-    weights = dict(layer.sva.named_parameters())
+    summarizer = layer.summarizer
+    assert isinstance(summarizer, Summarizer)
+    weights: dict[str, torch.Tensor] = dict(layer.sva.named_parameters())
     x = torch.randn(batch, length, embedding, requires_grad=True)
     cotangent = torch.randn_like(x)
     leaves = [x, *layer.parameters()]
 
-    forms = {
-        "ours": lambda: layer(x),
-        "materialized": lambda: materialized.mix(x, layer.summarizer.weight, layer.summarizer.bias, weights, heads),
-    }
+    def ours() -> torch.Tensor:
+        return layer(x)
+
+    def naive() -> torch.Tensor:
+        return materialized.mix(x, summarizer.weight, summarizer.bias, weights, heads)
+
     with torch.no_grad():
-        difference = (forms["ours"]() - forms["materialized"]()).abs().max().item()
-        scale = forms["ours"]().abs().max().item()
+        expected = naive()
+        difference, scale = (ours() - expected).abs().max().item(), expected.abs().max().item()
     if difference > 1e-4 * scale:
         sys.exit(f"the forms disagree at {shape}: {difference:.3g} of {scale:.3g}; no time is reported")
 
@@ -88,26 +107,19 @@ def compare(shape: tuple[int, int, int, int, int], repeats: int, bar: tqdm) -> l
         torch.autograd.grad(form(), leaves, cotangent)
 
     rows = []
-    for name, work in (("forward", forward), ("forward+backward", training)):
-        seconds: dict[str, list[float]] = {form: [] for form in forms}
-        for repeat in range(repeats + 2):
-            for form, run in forms.items():
-                elapsed = _timed(lambda work=work, run=run: work(run))
-                if repeat >= 2:
-                    seconds[form].append(elapsed)
+    for what, work in (("forward", forward), ("forward+backward", training)):
+        fast, slow = [], []
+        for repeat in range(WARM_UP + repeats):
+            pair = _timed(work, ours), _timed(work, naive)
+            if repeat >= WARM_UP:
+                fast.append(pair[0])
+                slow.append(pair[1])
             bar.update()
-        ratios = [slow / fast for slow, fast in zip(seconds["materialized"], seconds["ours"], strict=True)]
-        row: dict[str, object] = {"what": name, "shape": shape, "unit": "ms"}
-        for form in forms:
-            low, *_, high = statistics.quantiles(seconds[form], n=5)
-            median = statistics.median(seconds[form])
-            row[form] = [round(1e3 * value, 2) for value in (median, low, high)]
-        row["ratio"] = round(statistics.median(ratios), 2)
-        rows.append(row)
-    kept = {form: saved_bytes(run) for form, run in forms.items()}
-    row = {"what": "saved for backward", "shape": shape, "unit": "MB", "ratio": round(kept["materialized"] / kept["ours"], 2)}
-    row.update({form: [round(size / 1e6, 2)] for form, size in kept.items()})
-    rows.append(row)
+        ratio = statistics.median(b / a for a, b in zip(fast, slow, strict=True))
+        rows.append(Row(what, shape, "ms", _spread(fast), _spread(slow), round(ratio, 2)))
+    kept = [saved_bytes(form) / 1e6 for form in (ours, naive)]
+    megabytes = [[round(size, 2)] for size in kept]
+    rows.append(Row("saved for backward", shape, "MB", *megabytes, round(kept[1] / kept[0], 2)))
     return rows
 
 
@@ -118,8 +130,8 @@ def machine() -> dict[str, object]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "commit": commit,
         "dirty": bool(dirty),
@@ -131,7 +143,9 @@ def machine() -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=15, help="timed pairs for each row")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds: a check that it runs")
@@ -141,23 +155,19 @@ def main(argv: list[str] | None = None) -> None:
     shapes = QUICK_SHAPES if options.quick else SHAPES
     repeats = 3 if options.quick else options.repeats
     rows = []
-    with tqdm(total=len(shapes) * 2 * (repeats + 2), desc="layer_speed", disable=None) as bar:
-        for shape in shapes.values():
+    with tqdm(total=len(shapes) * 2 * (WARM_UP + repeats), desc="layer_speed", disable=None) as bar:
+        for shape in shapes:
             rows += compare(shape, repeats, bar)
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{'(B, L, E, heads, m)':24} {'':20} {'ours':>24} {'materialised':>24} {'ratio':>7}")
+    print(f"{'(B, L, E, heads, m)':24} {'':20} {'ours':>28} {'materialised':>28} {'ratio':>7}")
     for row in rows:
-        cells = []
-        for form in ("ours", "materialized"):
-            values = row[form]
-            spread = f" ({values[1]}–{values[2]})" if len(values) > 1 else ""
-            cells.append(f"{values[0]}{spread} {row['unit']}")
-        print(f"{row['shape']!s:24} {row['what']:20} {cells[0]:>24} {cells[1]:>24} {row['ratio']:>6}×")
+        cells = [f"{v[0]}{f' ({v[1]} to {v[2]})' if len(v) > 1 else ''} {row.unit}" for v in (row.ours, row.materialized)]
+        print(f"{row.shape!s:24} {row.what:20} {cells[0]:>28} {cells[1]:>28} {row.ratio:>6}x")
     if options.out:
         handle, temporary = tempfile.mkstemp(dir=options.out.parent, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
-            json.dump({"machine": facts, "rows": rows}, file, indent=1)
+            json.dump({"machine": facts, "rows": [asdict(row) for row in rows]}, file, indent=1)
         os.replace(temporary, options.out)
 
 

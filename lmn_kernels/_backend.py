@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 
 import torch
@@ -18,10 +19,34 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-def why_not(backend: str, operation: str, device: torch.device) -> str | None:
+@torch.compiler.assume_constant_result
+def _triton_obstacle(index: int | None) -> str | None:
+    """Why the Triton kernels cannot run on a CUDA device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install lmn-kernels[triton])"
+    if torch.version.hip is not None:
+        return "the Triton kernels are not made for ROCm"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (7, 5):
+        return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dtype, head_size: int = 1) -> str | None:
     """Why ``backend`` cannot serve ``operation`` on ``device``; None where it can."""
     if backend == "reference":
         return None
+    if backend == "triton" and operation != "step":
+        if device.type != "cuda":
+            return f"the Triton kernels need a CUDA device, not {device.type}"
+        if dtype == torch.float64:
+            return "the Triton kernels do not compute in float64"
+        widest = 128 if dtype == torch.float32 else 256
+        if head_size > widest:
+            return f"the Triton kernels take heads of up to {widest} features in {dtype}, not {head_size}"
+        return _triton_obstacle(device.index)
     return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
 
 
@@ -37,7 +62,9 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def resolve(backend: str, operation: str, device: torch.device) -> str:
+def resolve(
+    backend: str, operation: str, device: torch.device, dtype: torch.dtype = torch.float32, head_size: int = 1
+) -> str:
     """The backend that serves a call.
 
     ``"auto"`` (after `_env.backend`) takes the preferred one and falls back to the reference with one
@@ -52,12 +79,12 @@ def resolve(backend: str, operation: str, device: torch.device) -> str:
         backend = _env.backend()
         check_name(backend)
     if backend != "auto":
-        reason = why_not(backend, operation, device)
+        reason = why_not(backend, operation, device, dtype, head_size)
         if reason:
             raise BackendError(f"backend={backend!r} cannot serve {operation} on {device.type}: {reason}")
         return backend
     chosen = preferred(operation, device)
-    reason = why_not(chosen, operation, device)
+    reason = why_not(chosen, operation, device, dtype, head_size)
     if reason is None:
         return chosen
     _warn_once(operation, device.type, reason)

@@ -37,7 +37,6 @@ def info() -> str:
     lines = [
         f"lmn_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
         f"(CUDA {torch.version.cuda or 'none'}), Triton {_installed('triton')}",
-        "Triton kernels: not part of this version",
         "C++/CUDA extension: not part of this version",
         f"{_env.BACKEND}={_env.backend()}",
     ]
@@ -46,7 +45,7 @@ def info() -> str:
         device = torch.device(kind)
         for operation in _backend.OPERATIONS:
             chosen = _backend.preferred(operation, device)
-            reason = _backend.why_not(chosen, operation, device)
+            reason = _backend.why_not(chosen, operation, device, torch.float32)
             uses = chosen if reason is None else f"reference ({reason})"
             lines.append(f"  {operation}: {uses}")
     return "\n".join(lines)

@@ -1,13 +1,15 @@
 """The only file that registers operations: schemas, implementations, shape rules, gradients.
 
-Each operation takes the name of a resolved backend and looks its implementation up, so that what runs
+Each operation takes the name of a resolved backend and calls that backend's function, so that what runs
 is what `_backend.resolve` said. Gradients are operations too; they can be differentiated again on the
 reference, and raise elsewhere.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 _WHERE = "Tensor? spans, SymInt sequences, SymInt max_position, int carried_levels, int expand, str backend"
 
 _LIBRARY.define(
-    f"build_tree(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? token, Tensor? carried, {_WHERE}) -> Tensor"
+    f"build_tree(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? token, Tensor? carried, {_WHERE}) "
+    "-> Tensor"
 )
 _LIBRARY.define(
     "build_tree_backward(Tensor grad, Tensor x, Tensor nodes, Tensor weight, Tensor bias, Tensor? scale, "
@@ -31,7 +34,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(f"attend(Tensor token_qkv, Tensor node_qv, int heads, {_WHERE}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor lse, int heads, {_WHERE}) -> (Tensor, Tensor)"
+    f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor out, Tensor lse, int heads, {_WHERE}) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -45,42 +49,35 @@ def _bank(x: Tensor, weight: Tensor) -> int:
     return weight.shape[0] * weight.shape[3] // x.shape[1]
 
 
-def _build_tree_reference(x, weight, bias, scale, token, carried, *where):
-    merge = ref_tree.LinearMerge(weight, bias, scale)
-    return ref_tree.build_tree(x, merge, _bank(x, weight), token, carried, _layout(x.shape[0], where, x.device))
+def _module(name: str, backend: str) -> ModuleType:
+    """The module of a backend that implements the operations of ``tree`` or ``attention``.
+
+    Triton and its kernels are imported at the first call that needs them.
+    """
+    return importlib.import_module(f"python_ref.{name}" if backend == "reference" else f"lmn_kernels._{backend}.{name}")
 
 
-def _build_tree_backward_reference(grad, x, nodes, weight, bias, scale, token, carried, *where):
+def _build_tree(x, weight, bias, scale, token, carried, *where):
     merge = ref_tree.LinearMerge(weight, bias, scale)
     layout = _layout(x.shape[0], where, x.device)
-    grads = ref_tree.build_tree_backward(grad, x, nodes, merge, token, layout)
+    return _module("tree", where[-1]).build_tree(x, merge, _bank(x, weight), token, carried, layout)
+
+
+def _build_tree_backward(grad, x, nodes, weight, bias, scale, token, carried, *where):
+    merge = ref_tree.LinearMerge(weight, bias, scale)
+    layout = _layout(x.shape[0], where, x.device)
+    grads = _module("tree", where[-1]).build_tree_backward(grad, x, nodes, merge, token, layout)
     return tuple(x.new_empty(0) if part is None else part for part in grads)
 
 
-def _attend_reference(token_qkv, node_qv, heads, *where):
+def _attend(token_qkv, node_qv, heads, *where):
     layout = _layout(token_qkv.shape[0], where, token_qkv.device)
-    return ref_attention.attend(token_qkv, node_qv, heads, layout)
+    return _module("attention", where[-1]).attend(token_qkv, node_qv, heads, layout)
 
 
-def _attend_backward_reference(grad, token_qkv, node_qv, lse, heads, *where):
+def _attend_backward(grad, token_qkv, node_qv, out, lse, heads, *where):
     layout = _layout(token_qkv.shape[0], where, token_qkv.device)
-    return ref_attention.attend_backward(grad, token_qkv, node_qv, lse, heads, layout)
-
-
-_IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("build_tree", "reference"): _build_tree_reference,
-    ("build_tree_backward", "reference"): _build_tree_backward_reference,
-    ("attend", "reference"): _attend_reference,
-    ("attend_backward", "reference"): _attend_backward_reference,
-}
-
-
-def _register(operation: str, fake: Callable[..., Any]) -> None:
-    def implementation(*arguments):
-        return _IMPLEMENTATIONS[operation, arguments[-1]](*arguments)
-
-    _LIBRARY.impl(operation, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lmn_kernels::{operation}", fake, lib=_LIBRARY)
+    return _module("attention", where[-1]).attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
 
 
 def _build_tree_fake(x, weight, bias, scale, token, carried, spans, sequences, max_position, carried_levels, expand, _):
@@ -99,14 +96,18 @@ def _attend_fake(token_qkv, node_qv, heads, *where):
     return token_qkv.new_empty(tokens, size), token_qkv.new_empty(tokens, heads, dtype=lse)
 
 
-def _attend_backward_fake(grad, token_qkv, node_qv, lse, heads, *where):
+def _attend_backward_fake(grad, token_qkv, node_qv, out, lse, heads, *where):
     return token_qkv.new_empty(token_qkv.shape), node_qv.new_empty(node_qv.shape)
 
 
-_register("build_tree", _build_tree_fake)
-_register("build_tree_backward", _build_tree_backward_fake)
-_register("attend", _attend_fake)
-_register("attend_backward", _attend_backward_fake)
+for _name, _implementation, _fake in (
+    ("build_tree", _build_tree, _build_tree_fake),
+    ("build_tree_backward", _build_tree_backward, _build_tree_backward_fake),
+    ("attend", _attend, _attend_fake),
+    ("attend_backward", _attend_backward, _attend_backward_fake),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lmn_kernels::{_name}", _fake, lib=_LIBRARY)
 
 _OPS = torch.ops.lmn_kernels
 _NO_WHERE = (None,) * 6
@@ -121,27 +122,27 @@ def _save_tree(ctx, inputs, output):
 def _tree_gradient(ctx, grad):
     x, nodes, weight, bias, scale, token, carried, spans = ctx.saved_tensors
     grads = _OPS.build_tree_backward(grad, x, nodes, weight, bias, scale, token, carried, spans, *ctx.sizes)
-    grads = [None if like is None else g for like, g in zip((x, weight, bias, scale, token, carried), grads, strict=True)]
-    return (*grads, *_NO_WHERE)
+    given = (x, weight, bias, scale, token, carried)
+    return (*(None if like is None else g for like, g in zip(given, grads, strict=True)), *_NO_WHERE)
 
 
 def _save_attend(ctx, inputs, output):
     token_qkv, node_qv, heads, spans, *sizes = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(token_qkv, node_qv, output[1], spans)
+    ctx.save_for_backward(token_qkv, node_qv, *output, spans)
     ctx.heads, ctx.sizes = heads, sizes
 
 
 def _attend_gradient(ctx, grad, _):
-    token_qkv, node_qv, lse, spans = ctx.saved_tensors
-    grads = _OPS.attend_backward(grad, token_qkv, node_qv, lse, ctx.heads, spans, *ctx.sizes)
+    token_qkv, node_qv, out, lse, spans = ctx.saved_tensors
+    grads = _OPS.attend_backward(grad, token_qkv, node_qv, out, lse, ctx.heads, spans, *ctx.sizes)
     return (*grads, None, *_NO_WHERE)
 
 
 def _second_derivative(
     operation: str,
     backend: str,
-    function: Callable[[list[Tensor]], Tensor],
+    function: Callable[[list[Any]], Tensor],
     inputs: list[Tensor | None],
     grad: Tensor,
     grad_grads: list[Tensor | None],
@@ -195,7 +196,7 @@ def _tree_second_gradient(ctx, *grad_grads):
 
 
 def _save_attend_backward(ctx, inputs, output):
-    grad, token_qkv, node_qv, lse, heads, spans, *sizes = inputs
+    grad, token_qkv, node_qv, _, _, heads, spans, *sizes = inputs
     ctx.save_for_backward(grad, token_qkv, node_qv, spans)
     ctx.heads, ctx.sizes = heads, sizes
 
@@ -205,10 +206,12 @@ def _attend_second_gradient(ctx, *grad_grads):
     layout = _layout(token_qkv.shape[0], (spans, *ctx.sizes), token_qkv.device)
 
     def forward(given):
-        return ref_attention.attend(*given, ctx.heads, layout)[0]
+        token_qkv, node_qv = given
+        return ref_attention.attend(token_qkv, node_qv, ctx.heads, layout)[0]
 
     found = _second_derivative("attend", ctx.sizes[-1], forward, [token_qkv, node_qv], grad, list(grad_grads))
-    return (*found, None, None, *_NO_WHERE)
+    # out and lse are functions of the other inputs, and were treated as such.
+    return (*found, None, None, None, *_NO_WHERE)
 
 
 for _name, _formula, _save in (

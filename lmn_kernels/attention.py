@@ -19,6 +19,11 @@ class SingleVectorAttention(nn.Module):
         heads: H, a divisor of E.
     """
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    out_proj: nn.Linear
+
     def __init__(self, embedding: int, heads: int, device=None, dtype=None):
         super().__init__()
         if embedding % heads:

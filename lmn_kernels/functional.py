@@ -69,7 +69,7 @@ def build_tree(
         if value is not None:
             check_float(name, value, x.dtype)
             check_device(name, value, x.device)
-    where = _where(sequences, taps - 1, resolve(backend, "build_tree", x.device))
+    where = _where(sequences, taps - 1, resolve(backend, "build_tree", x.device, x.dtype))
     return _OPS.build_tree(x, merge.weight, merge.bias, merge.scale, token, carried, *where)
 
 
@@ -107,14 +107,15 @@ def attend(
     check_float("node_qv", node_qv, token_qkv.dtype)
     check_device("node_qv", node_qv, token_qkv.device)
     check_shape("node_qv", node_qv, (None, None, 2 * size), "[bank, rows, 2·embedding]")
-    where = _where(sequences, expand, resolve(backend, "attend", token_qkv.device))
+    served = resolve(backend, "attend", token_qkv.device, token_qkv.dtype, size // heads)
+    where = _where(sequences, expand, served)
     out, lse = _OPS.attend(token_qkv, node_qv, heads, *where)
     return out, lse
 
 
-def under_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of an active ``torch.autocast`` region, as `torch.nn.functional.linear` takes them."""
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of an active ``torch.autocast`` region, as `torch.nn.functional.linear` takes it."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))

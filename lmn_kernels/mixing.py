@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from python_ref import step as ref_step
 from python_ref.layout import Layout, level_count, stack_height, state_rows
-from python_ref.tree import build_tree_with
+from python_ref.tree import LinearMerge, build_tree_with
 
 from . import _backend
 from ._checks import check_device, check_float, check_positive, check_shape, concrete
@@ -45,6 +45,11 @@ class LogarithmicMixing(nn.Module):
         ValueError, TypeError: an argument is out of its range; the message names it.
     """
 
+    sva: SingleVectorAttention
+    expander: Expander | None
+    summarizer: Callable[[Tensor, Tensor], Tensor]
+    _stream: MemoryState | None
+
     def __init__(
         self,
         embedding: int,
@@ -70,7 +75,7 @@ class LogarithmicMixing(nn.Module):
         self.backend = backend
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
-        self.expander: Expander | None = None
+        self.expander = None
         if expand is not None:
             check_positive("expand", expand, 0)
             self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
@@ -195,7 +200,7 @@ class LogarithmicMixing(nn.Module):
         self, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
     ) -> tuple[Tensor, MemoryState | None]:
         flat = x.reshape(-1, self.embedding)
-        (flat,) = under_autocast(x.device.type, flat)
+        flat = under_autocast(flat)
         token = carried = None
         if state is not None:
             sequences = sequences.after(state.position, state.max_position, state.levels)
@@ -218,7 +223,8 @@ class LogarithmicMixing(nn.Module):
                 merge = summarizer.merge()
                 if self.expander is not None:
                     merge = self.expander.fold(merge)
-                merge = type(merge)(*under_autocast(flat.device.type, *merge))
+                scale = None if merge.scale is None else under_autocast(merge.scale)
+                merge = LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
                 return build_tree(flat, merge, sequences, token=token, carried=carried, backend=self.backend)
         elif self.backend not in ("auto", "reference"):
             raise _backend.BackendError(
@@ -323,11 +329,14 @@ class LogarithmicMixing(nn.Module):
         return y, new_state
 
     def _step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        (x,) = under_autocast(x_t.device.type, x_t[:, 0])
+        x = under_autocast(x_t[:, 0])
         state = self._advance(x, state)
         q, k, v = self.sva.token_qkv(x).chunk(3, -1)
         valid = torch.nn.functional.pad(state.valid().repeat_interleave(self.bank, 1), (1, 0), value=True)
-        q, v = (torch.cat([own[:, None].to(old.dtype), old.flatten(1, 2)], 1) for own, old in ((q, state.q), (v, state.v)))
+        q, v = (
+            torch.cat([own[:, None].to(old.dtype), old.flatten(1, 2)], 1)
+            for own, old in ((q, state.q), (v, state.v))
+        )
         y = self.sva.out_proj(ref_step.attend_slots(k, q, v, valid, self.heads))
         return y[:, None], state
 
@@ -361,7 +370,7 @@ class LogarithmicMixing(nn.Module):
 
     def reset(self) -> None:
         """Forget what ``sequential`` and ``forward`` with ``parallelize=False`` have seen."""
-        self._stream: MemoryState | None = None
+        self._stream = None
 
     @property
     def ptr(self) -> int:

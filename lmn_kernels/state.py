@@ -238,7 +238,7 @@ def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu"
                 raise ValueError(f"{path}: expected state layout {LAYOUT_VERSION}, got {version}")
             sizes: Iterable[dict[str, int]] = json.loads(metadata["lmn_kernels.states"])
             return [
-                MemoryState(**{name: file.get_tensor(f"{layer}.{name}") for name in _TENSORS}, **size)
+                MemoryState(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), **size)
                 for layer, size in enumerate(sizes)
             ]
     except SafetensorError as error:

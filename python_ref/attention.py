@@ -57,7 +57,8 @@ class _Block:
         self.token = tiles.token_row[rows][:, None, :]
         self.head = head
         # Places without a token write to a row of their own, which is dropped.
-        self.target = (torch.where(tiles.token_valid[rows][:, None, :], self.token, null_token) * heads + head).flatten()
+        target = torch.where(tiles.token_valid[rows][:, None, :], self.token, null_token)
+        self.target = (target * heads + head).flatten()
         banks = torch.arange(bank, device=head.device)[:, None] * node_rows
         key = (tiles.key_row[rows][:, None, :] + banks).flatten(1)
         self.key = (key[:, None, :] * (2 * heads) + head).flatten()
@@ -129,18 +130,18 @@ def attend(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tu
 
 
 def attend_backward(
-    grad_out: Tensor, token_qkv: Tensor, node_qv: Tensor, lse: Tensor, heads: int, layout: Layout
+    grad_out: Tensor, token_qkv: Tensor, node_qv: Tensor, out: Tensor, lse: Tensor, heads: int, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `attend` with respect to ``token_qkv`` and ``node_qv``.
 
     Args:
         grad_out: ``[M, E]``.
-        lse: as `attend` returned it.
+        out, lse: as `attend` returned them.
     """
     tokens, size = grad_out.shape
     head_size = size // heads
     token_table, node_table = token_qkv.reshape(-1, head_size), node_qv.reshape(-1, head_size)
-    out_table = grad_out.reshape(-1, head_size)
+    grad_table, out_table = grad_out.reshape(-1, head_size), out.reshape(-1, head_size)
     grads = token_qkv.new_zeros(3, (tokens + 1) * heads, head_size)
     # A node's gradient is summed over the tiles that read it, in float32 at least.
     grad_nodes = torch.zeros_like(node_table, dtype=_compute_dtype(node_qv.dtype))
@@ -149,12 +150,13 @@ def attend_backward(
         q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
         # A place without a token must send nothing to the nodes, whatever its row holds.
         k = torch.where(block.valid, k, 0) * scale
-        grad = torch.where(block.valid, block.tokens(out_table), 0)
+        grad = torch.where(block.valid, block.tokens(grad_table), 0)
         node_q, node_v = block.keys(node_table, 0), block.keys(node_table, 1)
         score = block.scores((q * k).sum(-1, keepdim=True), node_q, k)
         weight = (score - torch.where(block.valid, block.tokens(lse.reshape(-1, 1)), 0)).exp()
         grad_weight = torch.cat([(grad * v).sum(-1, keepdim=True), torch.bmm(grad, node_v.transpose(1, 2))], -1)
-        mean = (weight * grad_weight).sum(-1, keepdim=True)
+        # Σ_s weight_s · grad_weight_s, the mean that the softmax takes off, is <grad, out>.
+        mean = (grad * torch.where(block.valid, block.tokens(out_table), 0)).sum(-1, keepdim=True)
         grad_score = weight * (grad_weight - mean)
         to_own, to_nodes = grad_score[..., :1], grad_score[..., 1:]
         block.add_to_keys(grad_nodes, 0, torch.bmm(to_nodes.transpose(1, 2), k))

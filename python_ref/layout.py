@@ -218,7 +218,7 @@ class Layout:
         return torch.where(exists, row + entry, self.null_row), exists
 
     def newest_token(self) -> tuple[Tensor, Tensor]:
-        """``[S]`` row of each sequence's newest token (the carried ones follow the rows of x), and whether it exists."""
+        """``row, exists [S]`` of each sequence's newest token; the carried tokens follow the rows of x."""
         _, length, offset, _, _ = self.tables()
         sequence = torch.arange(self.sequences, device=self.device)
         return self.node_row(torch.zeros_like(length), sequence, offset + length - 1)
@@ -229,34 +229,56 @@ class Layout:
             self._tiles[width] = self._build_tiles(width)
         return self._tiles[width]
 
-    def _build_tiles(self, width: int) -> TileTable:
-        start, length, offset, _, _ = self.tables()
+    def tile_list(self, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tiles of all sequences, sequence after sequence.
+
+        Returns:
+            ``sequence, base, real [G]``: the sequence of a tile, its first position (a multiple of
+            ``width``), and whether it is a tile at all (G is a bound where lengths are not known here);
+            and ``before [S+1]``, the running count of tiles before a sequence.
+        """
+        _, length, offset, _, _ = self.tables()
         shift = width.bit_length() - 1
-        first_tile = (offset + 1) >> shift
-        tile_count = torch.where(length > 0, ((offset + length) >> shift) - first_tile + 1, 0)
-        tiles_before = torch.nn.functional.pad(tile_count.cumsum(0), (1, 0))
+        first = (offset + 1) >> shift
+        count = torch.where(length > 0, ((offset + length) >> shift) - first + 1, 0)
+        before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
         if self.spans is None:
             total = self.sequences * ((self.equal_length >> shift) + 1) if self.tokens else 0
         else:
             total = (self.tokens >> shift) + self.sequences * (1 if self.carried_levels is None else 2)
         number = torch.arange(total, device=self.device)
-        sequence = torch.searchsorted(tiles_before[1:].contiguous(), number, right=True)
+        sequence = torch.searchsorted(before[1:].contiguous(), number, right=True)
         real = sequence < self.sequences
         sequence = sequence.clamp(max=max(self.sequences - 1, 0))
-        base = (first_tile[sequence] + number - tiles_before[sequence]) << shift
+        base = (first[sequence] + number - before[sequence]) << shift
+        return sequence, base, real, before
 
+    def tile_keys(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``level, slot, entry [K]`` of the keys of any tile, by rising level.
+
+        Below the tile's own level a tile has ``width >> level`` nodes, at its level and above it one:
+        key (level, slot) of the tile at ``base`` is ``node(level, (base >> level) - 1 + slot)``.
+        """
+        slots = [
+            (level, slot)
+            for level in range(1, self.levels + 1)
+            for slot in range(max(width >> level, 1))
+        ]
+        keys = [(level, slot, e) for level, slot in slots for e in range(stack_height(level, self.expand))]
+        table = torch.tensor(keys, dtype=torch.int64, device=self.device).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+    def _build_tiles(self, width: int) -> TileTable:
+        start, length, offset, _, _ = self.tables()
+        shift = width.bit_length() - 1
+        sequence, base, real, _ = self.tile_list(width)
         place = torch.arange(width, device=self.device)
         n = base[:, None] + place
         begin = offset[sequence][:, None]
         token_valid = (n > begin) & (n <= begin + length[sequence][:, None]) & real[:, None]
         token_row = torch.where(token_valid, start[sequence][:, None] + n - begin - 1, 0)
 
-        # Levels below the tile's own have width/2^i nodes of their own, the others one for all places.
-        low = range(1, min(shift, self.levels + 1))
-        high = range(max(shift, 1), self.levels + 1)
-        level, entry = _stack_entries([i for i in low for _ in range(width >> i)] + list(high), self.expand, self.device)
-        slots = [a for i in low for a in range(width >> i) for _ in range(stack_height(i, self.expand))]
-        slot = torch.tensor(slots + [0] * (len(level) - len(slots)), dtype=torch.int64, device=self.device)
+        level, slot, entry = self.tile_keys(width)
         index = (base[:, None] >> level) + slot - 1
         row, exists = self.node_row(level.expand_as(index), sequence[:, None].expand_as(index), index)
         exists = exists & real[:, None]

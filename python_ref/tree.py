@@ -70,9 +70,8 @@ def _fold(taps: Tensor, height: int, expand: int) -> Tensor:
     taps = taps.unflatten(1, (-1, height)).unflatten(-1, (1 + expand, -1))
     if expand == 0:
         return taps[..., 0, :]
-    return sum(
-        torch.nn.functional.pad(taps[..., tap, :], (0, 0, tap, expand - tap)) for tap in range(1 + expand)
-    )
+    shifted = [torch.nn.functional.pad(taps[..., tap, :], (0, 0, tap, expand - tap)) for tap in range(1 + expand)]
+    return torch.stack(shifted).sum(0)
 
 
 def _unfold(grad: Tensor, height: int, expand: int) -> Tensor:

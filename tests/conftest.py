@@ -15,7 +15,8 @@ def _settled():
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
     """Every ``torch.empty`` holds NaN (the largest integer for integers), in all tests (R7)."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

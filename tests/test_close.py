@@ -30,9 +30,11 @@ def test_rejects(name, got, expected):
 
 def test_gradients_reject_what_should_vanish():
     with pytest.raises(AssertionError, match="nearly zero"):
-        assert_same_gradients(["a", "b"], [torch.ones(3), torch.full((3,), 1e-3)], [torch.ones(3), torch.zeros(3)], 1e-6)
+        got, expected = [torch.ones(3), torch.full((3,), 1e-3)], [torch.ones(3), torch.zeros(3)]
+        assert_same_gradients(["a", "b"], got, expected, 1e-6)
 
 
 def test_gradients_reject_zero_for_small():
     with pytest.raises(AssertionError):
-        assert_same_gradients(["a", "b"], [torch.ones(3), torch.zeros(3)], [torch.ones(3), torch.full((3,), 1e-6)], 1e-6)
+        got, expected = [torch.ones(3), torch.zeros(3)], [torch.ones(3), torch.full((3,), 1e-6)]
+        assert_same_gradients(["a", "b"], got, expected, 1e-6)

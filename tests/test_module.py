@@ -21,7 +21,8 @@ def test_constructors_take_the_original_arguments():
 
 def test_parameter_names_and_shapes():
     shapes = {name: tuple(p.shape) for name, p in ExpanderSummarizerLogarithmicMemory(8, 2, 3, 2).named_parameters()}
-    linear = {f"sva.{n}.{p}": (8, 8) if p == "weight" else (8,) for n in ("q", "k", "v", "out_proj") for p in ("weight", "bias")}
+    linear: dict[str, tuple[int, ...]] = {f"sva.{name}.weight": (8, 8) for name in ("q", "k", "v", "out_proj")}
+    linear |= {f"sva.{name}.bias": (8,) for name in ("q", "k", "v", "out_proj")}
     assert shapes == linear | {
         "norm1.weight": (8,),
         "norm2.weight": (8,),

@@ -1,0 +1,74 @@
+"""What all launchers share: dtypes of products, precision, the device guard."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# Set before Triton is imported, this makes every kernel run as Python on CPU tensors (tests only).
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return _TYPES[dtype]
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Operand type of a product: that of the tensor, so that it reaches the tensor cores.
+
+    bfloat16 is computed in float32 where the hardware has no such products (below sm_80), and in the
+    interpreter, whose own bfloat16 arithmetic is wrong without a word: the tests there cover that path.
+    """
+    if tensor.dtype == torch.bfloat16:
+        if INTERPRETED or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0)):
+            return torch.float32
+    return tensor.dtype
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    if INTERPRETED and dtype == torch.bfloat16:
+        return tl.float32
+    return _TYPES[dtype]
+
+
+def dot_precision() -> str:
+    """``input_precision`` of float32 products: IEEE unless the user allows TF32 in matrix products."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """The tensor's device made current for a launch; nothing off CUDA (R11)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def next_power_of_2(value: int) -> int:
+    return triton.next_power_of_2(value)
+
+
+class CompileCase(NamedTuple):
+    """One kernel in one configuration and dtype, as an offline compiler needs it.
+
+    ``default`` marks what a call gets unless a configuration is forced.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    dtype: torch.dtype
+    default: bool
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """A pointer's type in a compile signature."""
+    return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
