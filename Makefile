@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is set up on the first use of any target.
+#   PYTHON=python3.12                                               another interpreter (3.10 or newer)
+#   PYTEST_ARGS="-k tree"                                           arguments for pytest
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## make .venv with the tested versions and this checkout
+
+test: lint ## lint, then every test that this machine can run
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+demo: $(READY) ## train a small language model on Python's own sources
+	$(BIN)/python -m bench.train_lm --preset demo --data stdlib --out runs/demo
+
+bench: $(READY) ## time a layer
+	$(BIN)/python -m bench.layer_speed
+
+clean: ## remove .venv, builds and caches; results in runs/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes before the package, whose build looks for it.
+$(READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) lacks venv or ensurepip; install them (Debian, Ubuntu: apt install python3-venv)'; exit 1; }
+	@echo 'Setting up .venv: a few minutes, once'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -r constraints.txt
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
