@@ -49,6 +49,7 @@ class LogarithmicMemory(LogarithmicMixing):
         feedforward_mult: float = 4,
         init: str = "original",
         backend: str = "auto",
+        lean: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _expand: int | None = None,
@@ -62,6 +63,7 @@ class LogarithmicMemory(LogarithmicMixing):
             expand=_expand,
             init=init,
             backend=backend,
+            lean=lean,
             device=device,
             dtype=dtype,
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from python_ref import step as ref_step
 from python_ref.layout import Layout, level_count, stack_height, state_rows
@@ -40,6 +41,8 @@ class LogarithmicMixing(nn.Module):
         expand: k of the expander, or None without one.
         init: ``"original"``, or ``"variance_preserving"``: a node varies as much as its children.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.
+        lean: keep only tokens and nodes for backward, and project and attend again there: about half the
+            memory for a fifth to a third more arithmetic.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.
@@ -61,6 +64,7 @@ class LogarithmicMixing(nn.Module):
         expand: int | None = None,
         init: str = "original",
         backend: str = "auto",
+        lean: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -73,6 +77,7 @@ class LogarithmicMixing(nn.Module):
         self.bank = bank
         self.parallelize = parallelize
         self.backend = backend
+        self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
         self.expander = None
@@ -206,14 +211,21 @@ class LogarithmicMixing(nn.Module):
             sequences = sequences.after(state.position, state.max_position, state.levels)
             token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
         nodes = self._nodes(flat, sequences, token, carried)
-        node_qv = self.sva.node_qv(nodes)
-        out, _ = attend(
-            self.sva.token_qkv(flat), node_qv, self.heads, sequences, expand=self.expand, backend=self.backend
-        )
+        if self.lean and torch.is_grad_enabled():
+            out, node_qv = checkpoint(self._read, flat, nodes, sequences, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, node_qv = self._read(flat, nodes, sequences)
         y = self.sva.out_proj(out).view(x.shape)
         if not want_state:
             return y, None
         return y, self._state_after(flat, nodes, node_qv, sequences, state)
+
+    def _read(self, flat: Tensor, nodes: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
+        node_qv = self.sva.node_qv(nodes)
+        token_qkv = self.sva.token_qkv(flat)
+        out, _ = attend(token_qkv, node_qv, self.heads, sequences, expand=self.expand, backend=self.backend)
+        return out, node_qv
 
     def _nodes(self, flat: Tensor, sequences: Sequences, token: Tensor | None, carried: Tensor | None) -> Tensor:
         summarizer = self.summarizer

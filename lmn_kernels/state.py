@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from python_ref.layout import level_count, stack_height, state_rows
+from python_ref.layout import constant, level_count, stack_height, state_rows
 
 from ._checks import check_device, check_ids, check_positive, check_shape
 
@@ -79,11 +79,8 @@ class MemoryState:
 
     def valid(self) -> Tensor:
         """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
-        level = torch.tensor(
-            [i for i in range(1, self.levels + 1) for _ in range(stack_height(i, self.expand))],
-            dtype=torch.int64,
-            device=self.position.device,
-        )
+        levels = [i for i in range(1, self.levels + 1) for _ in range(stack_height(i, self.expand))]
+        level = constant(tuple(levels), self.position.device)
         return (self.position[:, None] >> level) > 0
 
     def with_room(self, max_position: int) -> MemoryState:
@@ -238,7 +235,7 @@ def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu"
                 raise ValueError(f"{path}: expected state layout {LAYOUT_VERSION}, got {version}")
             sizes: Iterable[dict[str, int]] = json.loads(metadata["lmn_kernels.states"])
             return [
-                MemoryState(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), **size)
+                MemoryState(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
                 for layer, size in enumerate(sizes)
             ]
     except SafetensorError as error:

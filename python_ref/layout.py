@@ -18,9 +18,10 @@ value is ever read back to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class Layout:
         spans: ``[S, 3]`` int64 (start, length, offset), or None for S fresh sequences of M/S tokens.
         carried_levels: levels of the carried nodes, or None where nothing is carried (offsets are 0).
         device: where the tables are built.
+        kept: whether the layout outlives a call, and its tables with it.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class Layout:
         spans: Tensor | None,
         carried_levels: int | None,
         device: torch.device,
+        kept: bool = False,
     ):
+        self.kept = kept
         self.tokens = tokens
         self.sequences = sequences
         self.expand = expand
@@ -132,8 +136,16 @@ class Layout:
             self.level_base.append(base)
             base += self.level_nodes[level] * stack_height(level, expand)
         self.unused_base = base
-        self._tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
-        self._tiles: dict[int, TileTable] = {}
+        self._memo: dict[Hashable, Any] = {}
+
+    def keep(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What ``build`` makes, made once for this layout."""
+        if key not in self._memo:
+            self._memo[key] = build()
+            if self.kept and self.device.type == "cuda":
+                # A later call may come on another stream, which nothing orders behind this one.
+                torch.cuda.current_stream(self.device).synchronize()
+        return self._memo[key]
 
     def level_slice(self, level: int) -> slice:
         """Rows of the new nodes of a level ≥ 1."""
@@ -143,20 +155,21 @@ class Layout:
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``start, length, offset [S]``, ``first [D+1, S]`` (index of the first new node of each level)
         and ``place [D+1, S+1]`` (running count of new nodes before a sequence)."""
-        if self._tables is None:
-            if self.spans is None:
-                index = torch.arange(self.sequences, device=self.device)
-                start = index * self.equal_length
-                length = torch.full_like(index, self.equal_length)
-                offset = torch.zeros_like(index)
-            else:
-                start, length, offset = self.spans.unbind(1)
-            shift = torch.arange(self.levels + 1, device=self.device)[:, None]
-            first = offset >> shift
-            count = ((offset + length) >> shift) - first
-            place = torch.nn.functional.pad(count.cumsum(1), (1, 0))
-            self._tables = (start, length, offset, first, place)
-        return self._tables
+        return self.keep("tables", self._build_tables)
+
+    def _build_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if self.spans is None:
+            index = torch.arange(self.sequences, device=self.device)
+            start = index * self.equal_length
+            length = torch.full_like(index, self.equal_length)
+            offset = torch.zeros_like(index)
+        else:
+            start, length, offset = self.spans.unbind(1)
+        shift = torch.arange(self.levels + 1, device=self.device)[:, None]
+        first = offset >> shift
+        count = ((offset + length) >> shift) - first
+        place = torch.nn.functional.pad(count.cumsum(1), (1, 0))
+        return start, length, offset, first, place
 
     def node_row(self, level: Tensor, sequence: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Row of ``node(level, index)`` of a sequence, and whether that node exists here.
@@ -168,7 +181,7 @@ class Layout:
         first = first_table[level, sequence]
         fresh = index - first
         end = (offset + length)[sequence] >> level
-        bases = torch.tensor(self.level_base, device=self.device)
+        bases = constant(tuple(self.level_base), self.device)
         new_row = bases[level] + (place_table[level, sequence] + fresh) * heights
         new_row = torch.where(level == 0, start[sequence] + fresh, new_row)
         exists = (fresh >= 0) & (index < end)
@@ -225,9 +238,7 @@ class Layout:
 
     def tiles(self, width: int) -> TileTable:
         """The tile table for tiles of ``width`` (a power of two) positions."""
-        if width not in self._tiles:
-            self._tiles[width] = self._build_tiles(width)
-        return self._tiles[width]
+        return self.keep(("tiles", width), lambda: self._build_tiles(width))
 
     def tile_list(self, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The tiles of all sequences, sequence after sequence.
@@ -264,8 +275,8 @@ class Layout:
             for level in range(1, self.levels + 1)
             for slot in range(max(width >> level, 1))
         ]
-        keys = [(level, slot, e) for level, slot in slots for e in range(stack_height(level, self.expand))]
-        table = torch.tensor(keys, dtype=torch.int64, device=self.device).reshape(-1, 3)
+        keys = tuple((level, slot, e) for level, slot in slots for e in range(stack_height(level, self.expand)))
+        table = constant(keys, self.device).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]
 
     def _build_tiles(self, width: int) -> TileTable:
@@ -289,14 +300,25 @@ class Layout:
 
 def _stack_entries(levels: Iterable[int], expand: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Level and stack entry of every row of a list of nodes given by their levels."""
-    pairs = [(i, e) for i in levels for e in range(stack_height(i, expand))]
-    table = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
+    pairs = tuple((i, e) for i in levels for e in range(stack_height(i, expand)))
+    table = constant(pairs, device).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
-@lru_cache(maxsize=16)
-def _equal_layout(tokens: int, sequences: int, expand: int, max_position: int, device: torch.device) -> Layout:
-    return Layout(tokens, sequences, expand, max_position, None, None, device)
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """An int64 tensor of Python integers; kept on a GPU, where every such copy would wait for the device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return _constant(values, device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+_LAYOUTS: dict[tuple[Any, ...], Layout] = {}
+_LAYOUTS_KEPT = 16
 
 
 def make_layout(
@@ -309,6 +331,14 @@ def make_layout(
     device: torch.device,
 ) -> Layout:
     """A `Layout`; that of an equal-length batch depends on sizes alone and is kept."""
-    if spans is None and carried_levels is None:
-        return _equal_layout(tokens, sequences, expand, max_position, device)
-    return Layout(tokens, sequences, expand, max_position, spans, carried_levels, device)
+    if spans is not None:
+        return Layout(tokens, sequences, expand, max_position, spans, carried_levels, device)
+    key = (tokens, sequences, expand, max_position, device)
+    if key not in _LAYOUTS:
+        if len(_LAYOUTS) >= _LAYOUTS_KEPT:
+            if device.type == "cuda":
+                # Freed tables may be read by work still queued on any stream.
+                torch.cuda.synchronize(device)
+            _LAYOUTS.clear()
+        _LAYOUTS[key] = Layout(tokens, sequences, expand, max_position, None, None, device, kept=True)
+    return _LAYOUTS[key]

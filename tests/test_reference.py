@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.layer_speed import saved_bytes
 from lmn_kernels import LinearMerge, Sequences, attend, build_tree
 from python_ref import definition
 from python_ref.attention import tile_width
@@ -123,6 +124,19 @@ def test_a_slot_is_the_last_complete_block(length):
         assert exists.sum() == 2 * level_count(n)
         for level, stack in enumerate(expected[n - 1], 1):
             assert_close("node", nodes[0, row[:, level - 1]], stack[:, 0, 0], 1e-12)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[1], VARIANTS[9]], ids=str)
+def test_lean_keeps_less_and_gives_the_same(variant):
+    plain, lean = variant.layer(), variant.layer(lean=True)
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 500, variant.embedding, dtype=torch.float64, requires_grad=True)
+    for layers in (plain, lean):
+        y, state = layers(x, return_state=True)
+        loss = y.square().sum() + state.q.sum()
+        layers.found = torch.autograd.grad(loss, [x, *layers.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(plain.found, lean.found, strict=True))
+    assert saved_bytes(lambda: lean(x)) < 0.6 * saved_bytes(lambda: plain(x))
 
 
 def test_a_tile_never_gathers_more_than_a_row_a_position():

@@ -1,4 +1,4 @@
-"""The attention kernels under Triton's interpreter, against the float64 reference."""
+"""The attention kernels against the float64 reference: on a GPU, or under Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 in a process of its own (make test runs one)", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip(
+        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
+        allow_module_level=True,
+    )
 pytest.importorskip("triton", reason="triton is not installed")
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 from lmn_kernels import Sequences  # noqa: E402
 from lmn_kernels._triton import attention as kernels  # noqa: E402
@@ -17,7 +22,7 @@ from python_ref import attention as reference  # noqa: E402
 from python_ref.layout import Layout, level_count  # noqa: E402
 from tests.close import TOLERANCE, assert_close  # noqa: E402
 
-pytestmark = pytest.mark.interpret
+pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
 
 def continued(sequences: Sequences, positions: list[int]) -> Sequences:
@@ -50,11 +55,12 @@ CASES = {
 
 def inputs(case, dtype):
     sequences, size, heads, bank, expand = CASES[case]
-    where = (sequences.spans, sequences.carried_levels, torch.device("cpu"))
-    layout = Layout(sequences.tokens, sequences.count, expand, sequences.max_position, *where)
-    token_qkv = torch.randn(sequences.tokens, 3 * size).to(dtype)
-    node_qv = torch.randn(bank, layout.rows, 2 * size).to(dtype)
-    return token_qkv, node_qv, torch.randn(sequences.tokens, size).to(dtype), heads, layout
+    spans = None if sequences.spans is None else sequences.spans.to(DEVICE)
+    sizes = (sequences.tokens, sequences.count, expand, sequences.max_position)
+    layout = Layout(*sizes, spans, sequences.carried_levels, DEVICE)
+    shapes = (sequences.tokens, 3 * size), (bank, layout.rows, 2 * size), (sequences.tokens, size)
+    token_qkv, node_qv, grad = (torch.randn(shape).to(DEVICE, dtype) for shape in shapes)
+    return token_qkv, node_qv, grad, heads, layout
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,7 +109,7 @@ def test_any_strides():
     strided = token_qkv.T.contiguous().T, node_qv.transpose(1, 2).contiguous().transpose(1, 2)
     got = kernels.attend(*strided, heads, layout)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-    ones = torch.ones(()).expand_as(grad)
+    ones = torch.ones((), device=DEVICE).expand_as(grad)
     gradients = kernels.attend_backward(ones, *strided, *got, heads, layout)
     plain = kernels.attend_backward(ones.contiguous(), token_qkv, node_qv, *expected, heads, layout)
     assert all(torch.equal(g, e) for g, e in zip(gradients, plain, strict=True))
@@ -113,7 +119,7 @@ def test_padding_reaches_nothing():
     token_qkv, node_qv, grad, heads, layout = inputs("padded", torch.float32)
     out, lse = kernels.attend(token_qkv, node_qv, heads, layout)
     expected = kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
-    padding = torch.ones(300, dtype=torch.bool)
+    padding = torch.ones(300, dtype=torch.bool, device=DEVICE)
     padding[:100] = padding[200:237] = False
     assert not out[padding].any() and not lse[padding].any()
     poisoned = token_qkv.masked_fill(padding[:, None], float("nan"))

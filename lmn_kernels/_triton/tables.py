@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from python_ref.layout import Layout, stack_height
+from python_ref.layout import Layout, constant, stack_height
 
 
 class AttendTables(NamedTuple):
@@ -36,11 +36,8 @@ class AttendTables(NamedTuple):
 
 
 def attend_tables(layout: Layout, width: int) -> AttendTables:
-    """The tables; kept with the layout, which is itself kept where lengths are equal."""
-    kept: dict[int, AttendTables] = layout.__dict__.setdefault("_attend_tables", {})
-    if width not in kept:
-        kept[width] = _build(layout, width)
-    return kept[width]
+    """The tables, made once for a layout."""
+    return layout.keep(("attend", width), lambda: _build(layout, width))
 
 
 def _build(layout: Layout, width: int) -> AttendTables:
@@ -49,7 +46,7 @@ def _build(layout: Layout, width: int) -> AttendTables:
     level, slot, entry = layout.tile_keys(width)
     shift = width.bit_length() - 1
     height = 1 + torch.arange(layout.levels + 1, device=layout.device) * layout.expand
-    bases = torch.tensor(layout.level_base, device=layout.device)
+    bases = constant(tuple(layout.level_base), layout.device)
     level_row = bases[:, None] + (place[:, :-1] - first) * height[:, None]
     key = pad(torch.stack([level, slot, entry]), (0, -len(level) % 64), value=-1)
     return AttendTables(
