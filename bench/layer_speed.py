@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from bench import materialized
+from bench.checkpoint import write_file
 from lmn_kernels import LogarithmicMixing
 from lmn_kernels.summarizers import Summarizer
 
@@ -117,10 +116,15 @@ def compare(shape: Shape, repeats: int, bar: tqdm) -> list[Row]:
             bar.update()
         ratio = statistics.median(b / a for a, b in zip(fast, slow, strict=True))
         rows.append(Row(what, shape, "ms", _spread(fast), _spread(slow), round(ratio, 2)))
-    kept = [saved_bytes(form) / 1e6 for form in (ours, naive)]
-    megabytes = [[round(size, 2)] for size in kept]
-    rows.append(Row("saved for backward", shape, "MB", *megabytes, round(kept[1] / kept[0], 2)))
+    kept, kept_naive = saved_bytes(ours) / 1e6, saved_bytes(naive) / 1e6
+    ratio = round(kept_naive / kept, 2)
+    rows.append(Row("saved for backward", shape, "MB", [round(kept, 2)], [round(kept_naive, 2)], ratio))
     return rows
+
+
+def _cell(values: list[float], unit: str) -> str:
+    spread = f" ({values[1]} to {values[2]})" if len(values) > 1 else ""
+    return f"{values[0]}{spread} {unit}"
 
 
 def machine() -> dict[str, object]:
@@ -162,13 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'(B, L, E, heads, m)':24} {'':20} {'ours':>28} {'materialised':>28} {'ratio':>7}")
     for row in rows:
-        cells = [f"{v[0]}{f' ({v[1]} to {v[2]})' if len(v) > 1 else ''} {row.unit}" for v in (row.ours, row.materialized)]
+        cells = [_cell(values, row.unit) for values in (row.ours, row.materialized)]
         print(f"{row.shape!s:24} {row.what:20} {cells[0]:>28} {cells[1]:>28} {row.ratio:>6}x")
     if options.out:
-        handle, temporary = tempfile.mkstemp(dir=options.out.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump({"machine": facts, "rows": [asdict(row) for row in rows]}, file, indent=1)
-        os.replace(temporary, options.out)
+        stored = {"machine": facts, "rows": [asdict(row) for row in rows]}
+        write_file(options.out, json.dumps(stored, indent=1).encode())
 
 
 if __name__ == "__main__":
