@@ -6,6 +6,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
+INTERPRETED := tests/test_triton_attention.py tests/test_triton_tree.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
@@ -18,6 +20,7 @@ setup: $(READY) ## make .venv with the tested versions and this checkout
 
 test: lint ## lint, then every test that this machine can run
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check

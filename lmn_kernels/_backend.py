@@ -12,7 +12,7 @@ from . import _env
 OPERATIONS = ("build_tree", "attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 class BackendError(RuntimeError):
@@ -57,9 +57,18 @@ def preferred(operation: str, device: torch.device) -> str:
     return "reference"
 
 
-def check_name(backend: str) -> None:
+def check_name(backend: str, name: str = "backend") -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def wanted(backend: str) -> str:
+    """The backend that is asked for, by the argument or, where that is ``"auto"``, by the environment."""
+    check_name(backend)
+    if backend == "auto":
+        backend = _env.backend()
+        check_name(backend, _env.BACKEND)
+    return backend
 
 
 def resolve(
@@ -74,10 +83,7 @@ def resolve(
         ValueError: no such backend.
         BackendError: the named backend cannot serve the call.
     """
-    check_name(backend)
-    if backend == "auto":
-        backend = _env.backend()
-        check_name(backend)
+    backend = wanted(backend)
     if backend != "auto":
         reason = why_not(backend, operation, device, dtype, head_size)
         if reason:
@@ -93,8 +99,8 @@ def resolve(
 
 def _warn_once(operation: str, device_type: str, reason: str) -> None:
     # While tracing, silence: a warning would break the graph, and `lmn_kernels.info` tells.
-    if torch.compiler.is_compiling() or (operation, device_type) in _warned:
+    if torch.compiler.is_compiling() or (operation, device_type, reason) in _warned:
         return
-    _warned.add((operation, device_type))
+    _warned.add((operation, device_type, reason))
     message = f"lmn_kernels: {operation} on {device_type} runs on the PyTorch reference: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=4)

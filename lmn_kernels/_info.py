@@ -42,11 +42,18 @@ def info() -> str:
     ]
     for kind, description in _devices():
         lines.append(f"{kind}: {description}")
-        device = torch.device(kind)
-        for operation in _backend.OPERATIONS:
-            chosen = _backend.preferred(operation, device)
-            reason = _backend.why_not(chosen, operation, device, torch.float32)
-            uses = chosen if reason is None else f"reference ({reason})"
-            lines.append(f"  {operation}: {uses}")
+        lines += [f"  {operation}: {_uses(operation, torch.device(kind))}" for operation in _backend.OPERATIONS]
     return "\n".join(lines)
 
+
+def _uses(operation: str, device: torch.device) -> str:
+    """What a float32 call with ``backend="auto"`` runs on, and why it is not something faster."""
+    try:
+        asked = _backend.wanted("auto")
+    except ValueError as error:
+        return f"an error ({error})"
+    chosen = _backend.preferred(operation, device) if asked == "auto" else asked
+    reason = _backend.why_not(chosen, operation, device, torch.float32)
+    if reason is None:
+        return chosen
+    return f"reference ({reason})" if asked == "auto" else f"an error ({reason})"

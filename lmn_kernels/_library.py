@@ -39,10 +39,19 @@ _LIBRARY.define(
 )
 
 
-def _layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
+def _sizes(tokens: int, where: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     spans, sequences, max_position, carried_levels, expand, _ = where
     carried = None if carried_levels < 0 else carried_levels
-    return make_layout(tokens, sequences, expand, max_position, spans, carried, device)
+    return tokens, sequences, expand, max_position, spans, carried, device
+
+
+def _layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
+    return make_layout(*_sizes(tokens, where, device))
+
+
+def _fresh_layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
+    """A layout that is not kept: its tables may be those of a trace."""
+    return Layout(*_sizes(tokens, where, device))
 
 
 def _bank(x: Tensor, weight: Tensor) -> int:
@@ -80,6 +89,16 @@ def _attend_backward(grad, token_qkv, node_qv, out, lse, heads, *where):
     return _module("attention", where[-1]).attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
 
 
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation computes in the dtypes it is given: what autocast casts is cast before (`under_autocast`)."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *rest)
+
+    return run
+
+
 def _build_tree_fake(x, weight, bias, scale, token, carried, spans, sequences, max_position, carried_levels, expand, _):
     rows = node_rows(x.shape[0], sequences, expand, None if carried_levels < 0 else carried_levels)
     return x.new_empty(_bank(x, weight), rows, x.shape[1])
@@ -106,7 +125,7 @@ for _name, _implementation, _fake in (
     ("attend", _attend, _attend_fake),
     ("attend_backward", _attend_backward, _attend_backward_fake),
 ):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _outside_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lmn_kernels::{_name}", _fake, lib=_LIBRARY)
 
 _OPS = torch.ops.lmn_kernels
@@ -158,11 +177,13 @@ def _second_derivative(
         given = [None if t is None else t.detach().requires_grad_() for t in inputs]
         leaves = [t for t in given if t is not None]
         seed = grad.detach().requires_grad_()
-        first = torch.autograd.grad(function(given), leaves, seed, create_graph=True)
+        result = function(given)
+        # A sequence of one token has no node above it, and so no derivative of one.
+        first = torch.autograd.grad(result, leaves, seed, create_graph=True) if result.requires_grad else leaves
         pairs = [
             (g, gg)
             for g, gg in zip(first, [gg for t, gg in zip(given, grad_grads, strict=True) if t is not None], strict=True)
-            if gg is not None and g.requires_grad
+            if gg is not None and g.grad_fn is not None
         ]
         outer = [seed, *leaves]
         if not pairs:
@@ -180,7 +201,7 @@ def _save_tree_backward(ctx, inputs, output):
 
 def _tree_second_gradient(ctx, *grad_grads):
     grad, x, weight, bias, scale, token, carried, spans = ctx.saved_tensors
-    layout = _layout(x.shape[0], (spans, *ctx.sizes), x.device)
+    layout = _fresh_layout(x.shape[0], (spans, *ctx.sizes), x.device)
 
     def forward(given):
         x, weight, bias, scale, token, carried = given
@@ -203,7 +224,7 @@ def _save_attend_backward(ctx, inputs, output):
 
 def _attend_second_gradient(ctx, *grad_grads):
     grad, token_qkv, node_qv, spans = ctx.saved_tensors
-    layout = _layout(token_qkv.shape[0], (spans, *ctx.sizes), token_qkv.device)
+    layout = _fresh_layout(token_qkv.shape[0], (spans, *ctx.sizes), token_qkv.device)
 
     def forward(given):
         token_qkv, node_qv = given

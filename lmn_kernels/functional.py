@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from python_ref.layout import node_rows, state_rows
 from python_ref.tree import LinearMerge
 
 from ._backend import resolve
@@ -46,11 +48,13 @@ def build_tree(
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device or the name of the backend is wrong.
+        NotImplementedError: an input carries a forward-mode tangent.
         BackendError: the named backend cannot serve the call.
     """
     check_float("x", x)
     check_shape("x", x, (sequences.tokens, None), "[tokens, embedding]")
     size = x.shape[1]
+    check_shape("merge.weight", merge.weight, (None, None, None, None), "[groups, 1 + expand, in, out]")
     groups, taps, _, features = merge.weight.shape
     rows = features if merge.scale is not None else 2 * features
     check_shape("merge.weight", merge.weight, (groups, taps, rows, features), "[groups, 1 + expand, in, out]")
@@ -63,12 +67,16 @@ def build_tree(
         raise ValueError("token, carried: expected both with sequences that continue, and neither else")
     if token is not None and carried is not None:
         check_shape("token", token, (sequences.count, size), "[sequences, embedding]")
-        check_shape("carried", carried, (sequences.count, None, groups * features // size, size))
+        rows = state_rows(sequences.carried_levels or 0, taps - 1)
+        shape = (sequences.count, rows, groups * features // size, size)
+        check_shape("carried", carried, shape, "[sequences, rows, bank, embedding]")
     for name, value in (("merge.weight", merge.weight), ("merge.bias", merge.bias), ("merge.scale", merge.scale),
                         ("token", token), ("carried", carried)):  # fmt: skip
         if value is not None:
+            _refuse_tangent(name, value)
             check_float(name, value, x.dtype)
             check_device(name, value, x.device)
+    _refuse_tangent("x", x)
     where = _where(sequences, taps - 1, resolve(backend, "build_tree", x.device, x.dtype))
     return _OPS.build_tree(x, merge.weight, merge.bias, merge.scale, token, carried, *where)
 
@@ -106,11 +114,20 @@ def attend(
         raise ValueError(f"heads: expected a divisor of the embedding {token_qkv.shape[1] / 3:g}, got {heads}")
     check_float("node_qv", node_qv, token_qkv.dtype)
     check_device("node_qv", node_qv, token_qkv.device)
-    check_shape("node_qv", node_qv, (None, None, 2 * size), "[bank, rows, 2·embedding]")
+    rows = node_rows(sequences.tokens, sequences.count, expand, sequences.carried_levels)
+    check_shape("node_qv", node_qv, (None, rows, 2 * size), "[bank, rows, 2·embedding]")
+    _refuse_tangent("token_qkv", token_qkv)
+    _refuse_tangent("node_qv", node_qv)
     served = resolve(backend, "attend", token_qkv.device, token_qkv.dtype, size // heads)
     where = _where(sequences, expand, served)
     out, lse = _OPS.attend(token_qkv, node_qv, heads, *where)
     return out, lse
+
+
+def _refuse_tangent(name: str, tensor: Tensor) -> None:
+    """The operations have no forward-mode derivative, and the dispatcher would drop a tangent without a word."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(f"{name}: expected a tensor without a forward-mode tangent; use backward mode")
 
 
 def under_autocast(tensor: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
 """``python -m lmn_kernels.info``: print what `lmn_kernels.info` returns."""
 
+import sys
+
 from ._info import info
 
 if __name__ == "__main__":
     print(info())
+else:
+    # Importing a submodule binds its name in the package, where `info` is, and stays, the function.
+    sys.modules[__name__] = info  # type: ignore[assignment]

@@ -144,7 +144,7 @@ def attend_backward(
     grad_table, out_table = grad_out.reshape(-1, head_size), out.reshape(-1, head_size)
     grads = token_qkv.new_zeros(3, (tokens + 1) * heads, head_size)
     # A node's gradient is summed over the tiles that read it, in float32 at least.
-    grad_nodes = torch.zeros_like(node_table, dtype=_compute_dtype(node_qv.dtype))
+    grad_nodes = torch.zeros(node_table.shape, dtype=_compute_dtype(node_qv.dtype), device=node_qv.device)
     scale = head_size**-0.5
     for block in _blocks(token_qkv, node_qv, heads, layout):
         q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
@@ -164,5 +164,5 @@ def attend_backward(
         parts = (to_own * k, (torch.bmm(to_nodes, node_q) + to_own * q) * scale, weight[..., :1] * grad)
         for target, value in zip(grads, parts, strict=True):
             target.index_copy_(0, block.target, value.to(target.dtype).flatten(0, 1))
-    grad_tokens = grads[:, : tokens * heads].view(3, tokens, size).transpose(0, 1).reshape(tokens, 3 * size)
-    return grad_tokens, grad_nodes.to(node_qv.dtype).view_as(node_qv)
+    grad_tokens = torch.cat(grads[:, : tokens * heads].view(3, tokens, size).unbind(), 1)
+    return grad_tokens, grad_nodes.to(node_qv.dtype).view(node_qv.shape)

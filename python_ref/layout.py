@@ -29,7 +29,11 @@ from torch import Tensor
 
 def level_count(position: int) -> int:
     """Levels that hold a complete block once ``position`` tokens were seen: ⌊log2 position⌋."""
-    return max(position, 1).bit_length() - 1
+    # Comparisons, not bit_length: a traced length then stays a symbol within its power of two.
+    levels = 0
+    while position >> (levels + 1):
+        levels += 1
+    return levels
 
 
 def stack_height(level: int, expand: int) -> int:

@@ -67,6 +67,7 @@ def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> 
     """
     wide = torch.promote_types(k.dtype, torch.float32)
     q, v = (part.to(wide).unflatten(-1, (heads, -1)) for part in (q, v))
-    score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
-    weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
-    return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)
+    with torch.autocast(k.device.type, enabled=False):
+        score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
+        weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
+        return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)

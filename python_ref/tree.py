@@ -197,13 +197,13 @@ def build_tree_backward(
     weight = summarizer.weight.transpose(1, 2).flatten(2)
     total = grad_nodes.clone(memory_format=torch.contiguous_format)
     total[:, layout.null_row] = 0
-    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    grad_x = x.new_zeros(x.shape)
     # Sums over all nodes are kept in float32 at least; each is rounded once, at the end.
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_weight = torch.zeros_like(weight, dtype=wide)
-    grad_bias = torch.zeros_like(summarizer.bias, dtype=wide)
-    grad_scale = None if summarizer.scale is None else torch.zeros_like(summarizer.scale, dtype=wide)
-    grad_token = None if token is None else torch.zeros_like(token)
+    grad_bias = torch.zeros(summarizer.bias.shape, dtype=wide, device=x.device)
+    grad_scale = None if summarizer.scale is None else grad_bias.new_zeros(summarizer.scale.shape)
+    grad_token = None if token is None else token.new_zeros(token.shape)
     for level in range(layout.levels, 0, -1):
         if layout.level_nodes[level] == 0:
             continue
@@ -221,13 +221,13 @@ def build_tree_backward(
             grad_scale += (children * split).sum((1, 3), dtype=wide).transpose(0, 1)
         grad_children = groups.join(groups.unpair(grad_pair, height))
         _add_children_grad(grad_x, total, grad_token, grad_children, level, layout)
-    grad_weight = grad_weight.unflatten(2, (1 + expand, -1)).transpose(1, 2).contiguous().to(x.dtype)
+    grad_weight = x.new_empty(summarizer.weight.shape).copy_(grad_weight.unflatten(2, (1 + expand, -1)).transpose(1, 2))
     grad_bias = grad_bias.to(x.dtype)
     grad_scale = None if grad_scale is None else grad_scale.to(x.dtype)
     grad_carried = None
     if layout.carried_levels is not None:
-        grad_carried = total[:, layout.carry_base : layout.null_row].transpose(0, 1)
-        grad_carried = grad_carried.unflatten(0, (layout.sequences, -1)).contiguous()
+        rows = total[:, layout.carry_base : layout.null_row].transpose(0, 1)
+        grad_carried = x.new_empty(rows.shape).copy_(rows).view(layout.sequences, layout.carry_rows, bank, -1)
     return grad_x, grad_weight, grad_bias, grad_scale, grad_token, grad_carried
 
 

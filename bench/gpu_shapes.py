@@ -1,0 +1,246 @@
+"""Shapes, FLOP and byte counts of section 3 of the performance notes, and the goals of section 6.
+
+T = B·L tokens, U = T·E·2 bytes: one bf16 activation. A layer has four stages: the tree, the projections of
+tokens and nodes, the attention, the output projection. Weights are counted, too: read once, and read and
+written again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+STAGES = ("tree", "project", "attend", "out")
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch and a layer: (B, L, E, H, m)."""
+
+    name: str
+    batch: int
+    length: int
+    embedding: int
+    heads: int
+    bank: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def unit(self) -> int:
+        """U, the bytes of one bf16 activation."""
+        return 2 * self.tokens * self.embedding
+
+    @property
+    def slots(self) -> int:
+        """S = 1 + m·⌊log2 L⌋, the slots of the last position."""
+        return 1 + self.bank * (self.length.bit_length() - 1)
+
+    @property
+    def mean_slots(self) -> float:
+        """S̄ = 1 + m·mean of ⌊log2 n⌋ over n = 1 … L, by its closed form."""
+        top = self.length.bit_length() - 1
+        levels = (self.length + 1) * top - 2 ** (top + 1) + 2
+        return 1 + self.bank * levels / self.length
+
+    def __str__(self) -> str:
+        sizes = (self.batch, self.length, self.embedding, self.heads, self.bank)
+        return f"{self.name} {sizes}"
+
+
+def _shapes(*shapes: Shape) -> dict[str, Shape]:
+    return {shape.name: shape for shape in shapes}
+
+
+SHAPES = _shapes(
+    Shape("P", 16, 512, 32, 4, 2),
+    Shape("A", 8, 2048, 512, 8, 1),
+    Shape("C", 1, 32768, 1024, 16, 1),
+    Shape("D", 1, 131072, 1024, 16, 2),
+    Shape("M", 1, 1048576, 512, 8, 1),
+)
+# Under the same names, so that a rehearsal walks every path in seconds.
+QUICK_SHAPES = _shapes(
+    Shape("P", 2, 16, 8, 2, 2),
+    Shape("A", 2, 32, 16, 2, 1),
+    Shape("C", 1, 64, 16, 2, 1),
+    Shape("D", 1, 128, 16, 2, 2),
+    Shape("M", 1, 256, 8, 2, 1),
+)
+
+# Goal 9: one layer at E = 512 over growing L. Goal 3: 32768 tokens at E = 1024, cut into ever longer rows.
+SCALING = [Shape(str(1 << k), 1, 1 << k, 512, 8, 1) for k in range(13, 21)]
+CROSSOVER = [Shape(str(1 << k), 1 << (15 - k), 1 << k, 1024, 16, 1) for k in range(9, 15)]
+QUICK_SCALING = [Shape(str(1 << k), 1, 1 << k, 8, 2, 1) for k in range(5, 8)]
+QUICK_CROSSOVER = [Shape(str(1 << k), 1 << (6 - k), 1 << k, 16, 2, 1) for k in range(4, 6)]
+
+
+def flops(shape: Shape, stage: str, direction: str = "forward") -> float:
+    """Floating-point operations of a stage (section 3: 4m, 6+4m, and 2 times E² a token; attention apart)."""
+    squares = shape.tokens * shape.embedding**2
+    backward = direction == "backward"
+    if stage == "attend":
+        return (10 if backward else 4) * shape.embedding * shape.mean_slots * shape.tokens
+    forward = {"tree": 4 * shape.bank, "project": 6 + 4 * shape.bank, "out": 2}[stage] * squares
+    return 2.0 * forward if backward else float(forward)
+
+
+def moved_bytes(shape: Shape, stage: str, direction: str = "forward") -> int:
+    """Fewest bytes of a stage (section 3): activations in U, and the weights."""
+    m = shape.bank
+    weights = {"tree": 2 * m, "project": 3, "attend": 0, "out": 1}[stage] * 2 * shape.embedding**2
+    if direction == "forward":
+        units = {"tree": 1 + 2 * m, "project": 4 + 3 * m, "attend": 4 + 2 * m, "out": 2}[stage]
+        return units * shape.unit + weights
+    units = {"tree": 3 + 5 * m, "project": 8 + 6 * m, "attend": 8 + 4 * m, "out": 4}[stage]
+    # Read, and its gradient written: in two bytes for the projections, in four for the others.
+    return units * shape.unit + (2 if stage == "project" else 3) * weights
+
+
+def floor_ms(shape: Shape, stage: str, direction: str, rate: float, bandwidth: float) -> float:
+    """Roofline of a stage: FLOPs over ``rate`` or bytes over ``bandwidth``, whichever takes longer."""
+    compute = flops(shape, stage, direction) / rate
+    return 1e3 * max(compute, moved_bytes(shape, stage, direction) / bandwidth)
+
+
+def staged_floor_ms(shape: Shape, rate: float, bandwidth: float) -> float:
+    """Forward and backward, every stage at its own roofline (section 3, table d)."""
+    return sum(floor_ms(shape, stage, way, rate, bandwidth) for stage in STAGES for way in DIRECTIONS)
+
+
+def naive_peak_bytes(shape: Shape) -> float:
+    """Peak of the materialising form, forward and backward: 5.9·S·U (section 3, activation memory)."""
+    return 5.9 * shape.slots * shape.unit
+
+
+def our_peak_bytes(shape: Shape) -> float:
+    """Peak of the fused form with everything saved: (10 + 5m)·U (section 3, activation memory)."""
+    return (10 + 5 * shape.bank) * shape.unit
+
+
+def log_slope(points: list[tuple[float, float]]) -> float:
+    """Least-squares slope of log y over log x."""
+    xs, ys = ([math.log(point[i]) for point in points] for i in (0, 1))
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - x_mean) ** 2 for x in xs)
+    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread
+
+
+Measured = Mapping[str, float]
+"""Values of rows by their key: ms, bytes, or, for the ceilings, bytes and FLOPs a second."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One bar of section 6.
+
+    Attributes:
+        number: of the goal there.
+        what: what is measured.
+        low, high: the bar: at least, at most, or both.
+        limit: what the notes hold to be possible.
+        measure: the value, or None where a measurement that it needs is missing.
+    """
+
+    number: int
+    what: str
+    low: float | None
+    high: float | None
+    limit: str
+    measure: Callable[[Measured, Mapping[str, Shape]], float | None]
+
+    @property
+    def bar(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return f"≥ {self.low:g}" if self.low is not None else f"≤ {self.high:g}"
+
+    def met(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+def _key(key: str, scale: float = 1.0) -> Callable[[Measured, Mapping[str, Shape]], float | None]:
+    return lambda measured, _: measured[key] * scale if key in measured else None
+
+
+def _over(slow: str, fast: str) -> Callable[[Measured, Mapping[str, Shape]], float | None]:
+    return lambda measured, _: measured[slow] / measured[fast] if slow in measured and fast in measured else None
+
+
+def _copy_share(name: str, direction: str) -> Callable[[Measured, Mapping[str, Shape]], float | None]:
+    def measure(measured: Measured, shapes: Mapping[str, Shape]) -> float | None:
+        key = f"kernel/attend {direction}/{name}"
+        if key not in measured or "copy" not in measured:
+            return None
+        return moved_bytes(shapes[name], "attend", direction) / (1e-3 * measured[key]) / measured["copy"]
+
+    return measure
+
+
+def _floor_share(name: str) -> Callable[[Measured, Mapping[str, Shape]], float | None]:
+    def measure(measured: Measured, shapes: Mapping[str, Shape]) -> float | None:
+        key = f"training/ours/{name}"
+        if key not in measured or "copy" not in measured or "product" not in measured:
+            return None
+        return staged_floor_ms(shapes[name], measured["product"], measured["copy"]) / measured[key]
+
+    return measure
+
+
+def _slope(measured: Measured, _: Mapping[str, Shape]) -> float | None:
+    points = [(float(k.split("/")[-1]), v) for k, v in measured.items() if k.startswith("scaling/ours/")]
+    return log_slope(points) if len(points) > 2 else None
+
+
+def _crossover(measured: Measured, _: Mapping[str, Shape]) -> float | None:
+    """Shortest rows from which on ours beat every attention layer; infinite where the longest ones lose."""
+    lengths = sorted({int(key.split("/")[-1]) for key in measured if key.startswith("crossover/")}, reverse=True)
+    found = math.inf if lengths else None
+    for length in lengths:
+        ours = measured.get(f"crossover/ours/{length}")
+        others = [v for k, v in measured.items() if k.startswith("crossover/") and k.endswith(f"/{length}")]
+        if ours is None or len(others) < 2 or ours > min(others):
+            break
+        found = float(length)
+    return found
+
+
+def _runs(key: str) -> Callable[[Measured, Mapping[str, Shape]], float | None]:
+    return lambda measured, _: 1.0 if key in measured else None
+
+
+GOALS = [
+    Goal(1, "naive / ours, training at C", 10, None, "10.5", _key("ratio/training/naive/C")),
+    Goal(1, "naive / ours, training at D", 14, None, "15.6", _key("ratio/training/naive/D")),
+    Goal(1, "M runs, where naive needs 132 GB", 1, None, "1", _runs("training/ours/M")),
+    Goal(2, "compiled naive / ours, training at C", 5, None, "7, weak", _key("ratio/training/compiled/C")),
+    Goal(3, "flash layer / ours, training at C", 7, None, "10.6", _key("ratio/training/flash/C")),
+    Goal(3, "cuDNN layer / ours, training at C", 4.5, None, "7.0", _key("ratio/training/cudnn/C")),
+    Goal(3, "flash layer / ours, training at D", 20, None, "28", _key("ratio/training/flash/D")),
+    Goal(3, "cuDNN layer / ours, training at D", 13, None, "18", _key("ratio/training/cudnn/D")),
+    Goal(3, "crossover with attention, L at 32k tokens", None, 4096, "-", _crossover),
+    Goal(5, "attend forward at C, share of copy", 0.85, None, "1", _copy_share("C", "forward")),
+    Goal(5, "attend forward at D, share of copy", 0.85, None, "1", _copy_share("D", "forward")),
+    Goal(5, "attend backward at C, share of copy", 0.75, None, "1", _copy_share("C", "backward")),
+    Goal(5, "attend backward at D, share of copy", 0.75, None, "1", _copy_share("D", "backward")),
+    Goal(6, "one product / tree forward at C", 0.85, None, "0.87", _over("kernel/product/C", "kernel/tree forward/C")),
+    Goal(6, "one product / tree forward at D", 0.93, None, "0.97", _over("kernel/product/D", "kernel/tree forward/D")),
+    Goal(7, "peak memory, naive / ours at C", 6, None, "6.4", _over("memory/naive/C", "memory/ours/C")),
+    Goal(7, "peak memory, naive / ours at D", 9, None, "10", _over("memory/naive/D", "memory/ours/D")),
+    Goal(7, "peak memory at M, GB", None, 20, "16", _key("memory/ours/M", 1e-9)),
+    Goal(9, "slope of log time over log L", 0.95, 1.03, "1", _slope),
+    Goal(9, "staged floor / ours, training at C", 0.75, None, "1", _floor_share("C")),
+    Goal(9, "staged floor / ours, training at D", 0.75, None, "1", _floor_share("D")),
+    Goal(9, "staged floor / ours, training at M", 0.75, None, "1", _floor_share("M")),
+    Goal(10, "naive / ours, training at P, both graphs", 8, None, "14 to 17", _key("ratio/graph/naive/P")),
+    Goal(10, "naive / ours, training at P, both eager", 7, None, "14", _key("ratio/eager/naive/P")),
+]
+# What section 6 asks for beyond this list, and why it is not on it.
+NOT_MEASURED = (
+    "goal 3 at M (one attention pass takes 10 s), goal 4 (needs fla), goal 7's lean mode and goal 8 "
+    "(not in this version), goal 10's step on a CPU (not a matter of GPUs)"
+)

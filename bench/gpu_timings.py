@@ -1,0 +1,351 @@
+"""What the GPU check times, once nothing is known to be wrong: ceilings, kernels, layers and their contenders.
+
+Rows have keys such as ``training/naive/C``: what, who, shape. "training" is forward and backward with respect
+to x and every parameter. Every contender is in bfloat16, on the same x.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lmn_kernels import LogarithmicMixing
+from lmn_kernels.summarizers import Summarizer
+from python_ref.layout import make_layout
+from tests.close import TOLERANCE, error
+
+from . import materialized, timing
+from .gpu_programs import clocks
+from .gpu_shapes import (
+    CROSSOVER,
+    QUICK_CROSSOVER,
+    QUICK_SCALING,
+    QUICK_SHAPES,
+    SCALING,
+    SHAPES,
+    Shape,
+    naive_peak_bytes,
+    our_peak_bytes,
+)
+from .gpu_stage import Report, Settings
+from .timing import Clock, Work, pair_ratio, spread, take_turns
+
+Form = Callable[[], Tensor]
+
+DTYPE = torch.bfloat16
+# A layer in bfloat16 against itself in float32: its stages' roundings add up.
+SAME = 3 * TOLERANCE[DTYPE][0]
+
+
+def shapes_of(settings: Settings) -> dict[str, Shape]:
+    return QUICK_SHAPES if settings.quick else SHAPES
+
+
+def _randn(*sizes: int, device: torch.device) -> Tensor:
+    return torch.randn(*sizes, dtype=DTYPE, device=device)
+
+
+class Layer:
+    """A mixing layer, its input, and everything that does its work in another way.
+
+    Attributes:
+        x, cotangent: ``[B, L, E]``.
+    """
+
+    def __init__(self, shape: Shape, settings: Settings):
+        torch.manual_seed(0)
+        self.shape, self.settings, device = shape, settings, settings.torch_device
+        self.layer = LogarithmicMixing(
+            shape.embedding, shape.heads, shape.bank, init="variance_preserving",
+            backend=settings.backend, dtype=DTYPE, device=device,
+        )  # fmt: skip
+        self.x = _randn(shape.batch, shape.length, shape.embedding, device=device).requires_grad_()
+        self.cotangent = _randn(shape.batch, shape.length, shape.embedding, device=device)
+        self.weights: dict[str, Tensor] = dict(self.layer.sva.named_parameters())
+        self.qkv = torch.cat([self.weights[f"{name}.weight"] for name in "qkv"]).detach().requires_grad_()
+
+    def ours(self) -> Tensor:
+        return self.layer(self.x)
+
+    def naive(self, mix: Callable[..., Tensor] = materialized.mix) -> Tensor:
+        summarizer = self.layer.summarizer
+        assert isinstance(summarizer, Summarizer)
+        return mix(self.x, summarizer.weight, summarizer.bias, self.weights, self.shape.heads)
+
+    def attention(self, backend: SDPBackend) -> Tensor:
+        """A causal attention layer of the same size: one product for q, k and v, one for the output."""
+        shape = self.shape
+        qkv = F.linear(self.x, self.qkv).view(shape.batch, shape.length, 3, shape.heads, -1)
+        q, k, v = (qkv[:, :, part].transpose(1, 2) for part in range(3))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.linear(out.transpose(1, 2).reshape(self.x.shape), self.weights["out_proj.weight"])
+
+    def forward(self, form: Form) -> Work:
+        def work() -> object:
+            with torch.no_grad():
+                return form()
+
+        return work
+
+    def training(self, form: Form, attention: bool = False) -> Work:
+        leaves: list[Tensor] = [self.x, *self.layer.parameters()]
+        if attention:
+            leaves = [self.x, self.qkv, self.weights["out_proj.weight"]]
+        return lambda: torch.autograd.grad(form(), leaves, self.cotangent)
+
+    def work(self, what: str, form: Form, attention: bool) -> Work:
+        return self.training(form, attention) if what == "training" else self.forward(form)
+
+    def check(self, report: Report, naive: bool) -> None:
+        """Compare with the reference in float32: what disagrees is not timed.
+
+        Raises:
+            ValueError: a result is wrong.
+        """
+        shape = self.shape
+        exact = LogarithmicMixing(
+            shape.embedding, shape.heads, shape.bank, backend="reference", device=self.settings.torch_device
+        )
+        exact.load_state_dict(self.layer.state_dict())
+        with torch.no_grad():
+            expected = exact(self.x.float())
+            for name, form in (("ours", self.ours), ("naive", self.naive))[: 1 + naive]:
+                y = form()
+                if y.dtype != DTYPE:
+                    raise ValueError(f"{name} at {shape}: expected {DTYPE}, got {y.dtype}")
+                found = error(y, expected)
+                report({"case": f"{name} at {shape}", "error": found})
+                if not found <= SAME:
+                    raise ValueError(f"{name} at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
+
+
+def _attempt(report: Report, what: object, device: torch.device, work: Callable[..., None], *arguments: Any) -> None:
+    """Run a part of a stage; one that fails is a row that says so, and the next one starts with memory freed."""
+    try:
+        work(*arguments)
+    except Exception as reason:  # out of memory, a wrong result, a kernel's fault: the stage goes on
+        report({"case": str(what), "fault": f"{type(reason).__name__}: {_first_line(reason)}"})
+    timing.release(device)
+
+
+def _first_line(reason: Exception) -> str:
+    return str(reason).partition("\n")[0]
+
+
+def _report_turns(taken: Mapping[str, list[float]], key: str, ratio: str, shape: str, report: Report) -> None:
+    """Rows ``key/who/shape`` of contenders timed in turns, and ``ratio/…``: how much longer each takes than ours."""
+    for name, seconds in taken.items():
+        report(spread(seconds).row(f"{key}/{name}/{shape}"))
+        if name != "ours":
+            value = round(pair_ratio(seconds, taken["ours"]), 3)
+            report({"key": f"ratio/{ratio}/{name}/{shape}", "value": value, "unit": "x"})
+
+
+def ceilings(settings: Settings, report: Report) -> None:
+    """Stage: what this device copies and multiplies at, in this run."""
+    clock = Clock(settings.torch_device)
+    size, side = (1 << 20, 128) if settings.quick else (4 << 30, 8192)
+    copied = timing.copy_bandwidth(clock, size)
+    report(copied.row("copy ms") | {"case": f"copy of {size:,} bytes"})
+    report({"key": "copy", "value": 2 * size / (1e-3 * copied.median), "unit": "bytes read and written a second"})
+    multiplied = timing.product(clock, side, DTYPE)
+    report(multiplied.row("product ms") | {"case": f"{side}³ {DTYPE} product"})
+    report({"key": "product", "value": 2 * side**3 / (1e-3 * multiplied.median), "unit": "FLOPs a second"})
+    if settings.device == "cuda":
+        report({"case": "clocks just after", "clocks": clocks()})
+
+
+def kernels(settings: Settings, report: Report) -> None:
+    """Stage: the stages of a layer one by one, forward and backward, and one product of the tree's FLOPs."""
+    device, clock = settings.torch_device, Clock(settings.torch_device)
+
+    def one(shape: Shape, timed: bool) -> None:
+        works = dict(stage_works(shape, settings))
+        if not timed:
+            for work in works.values():
+                work()
+            return
+        for name, seconds in take_turns(works, clock, budget=1.5).items():
+            report(spread(seconds).row(f"kernel/{name}/{shape.name}"))
+
+    shapes = [s for s in shapes_of(settings).values() if timing.free_bytes(device) > 2 * our_peak_bytes(s)]
+    # Every shape is warm before the first is timed.
+    for timed in (False, True):
+        for shape in shapes:
+            _attempt(report, f"stages at {shape}", device, one, shape, timed)
+
+
+def stage_works(shape: Shape, settings: Settings) -> Iterator[tuple[str, Work]]:
+    """Name and work of every stage and direction of `gpu_shapes.STAGES`, and of the product to compare with."""
+    device, m, size, tokens = settings.torch_device, shape.bank, shape.embedding, shape.tokens
+    package = "python_ref" if settings.backend == "reference" else "lmn_kernels._triton"
+    tree, attention = (importlib.import_module(f"{package}.{name}") for name in ("tree", "attention"))
+    layer = LogarithmicMixing(size, shape.heads, m, init="variance_preserving", dtype=DTYPE, device=device)
+    assert isinstance(layer.summarizer, Summarizer)
+    merge = layer.summarizer.requires_grad_(False).merge()
+    layout = make_layout(tokens, shape.batch, 0, shape.length, None, None, device)
+    x = _randn(tokens, size, device=device)
+    nodes = tree.build_tree(x, merge, m, None, None, layout)
+    grad_nodes = torch.randn_like(nodes)
+    yield "tree forward", lambda: tree.build_tree(x, merge, m, None, None, layout)
+    yield "tree backward", lambda: tree.build_tree_backward(grad_nodes, x, nodes, merge, None, layout)
+    left, right = _randn(m * tokens, 2 * size, device=device), _randn(2 * size, size, device=device)
+    product = _randn(m * tokens, size, device=device)
+    yield "product", lambda: torch.mm(left, right, out=product)
+
+    def project() -> tuple[Tensor, Tensor]:
+        return layer.sva.token_qkv(tokens_in), layer.sva.node_qv(nodes_in)
+
+    def without_graph(work: Callable[[], object]) -> Work:
+        def run() -> object:
+            with torch.no_grad():
+                return work()
+
+        return run
+
+    tokens_in, nodes_in = x.clone().requires_grad_(), nodes.clone().requires_grad_()
+    token_qkv, node_qv = project()
+    leaves = [tokens_in, nodes_in, *(p for n, p in layer.sva.named_parameters() if "out" not in n)]
+    up = [torch.randn_like(token_qkv), torch.randn_like(node_qv)]
+    yield "project forward", without_graph(project)
+    yield "project backward", lambda: torch.autograd.grad([token_qkv, node_qv], leaves, up, retain_graph=True)
+    qkv, qv = token_qkv.detach(), node_qv.detach()
+    out, lse = attention.attend(qkv, qv, shape.heads, layout)
+    yield "attend forward", lambda: attention.attend(qkv, qv, shape.heads, layout)
+    yield "attend backward", lambda: attention.attend_backward(x, qkv, qv, out, lse, shape.heads, layout)
+    mixed = out.clone().requires_grad_()
+    y = layer.sva.out_proj(mixed)
+    yield "out forward", without_graph(lambda: layer.sva.out_proj(mixed))
+    leaves_out = [mixed, *layer.sva.out_proj.parameters()]
+    yield "out backward", lambda: torch.autograd.grad(y, leaves_out, x, retain_graph=True)
+
+
+def layers(settings: Settings, report: Report) -> None:
+    """Stage: whole layers against the materialising form, time and peak memory."""
+    device, clock = settings.torch_device, Clock(settings.torch_device)
+
+    def one(shape: Shape, naive: bool) -> None:
+        before = timing.allocated(device)
+        this = Layer(shape, settings)
+        this.check(report, naive)
+        forms: dict[str, Form] = {"ours": this.ours} | ({"naive": this.naive} if naive else {})
+        for name, form in forms.items():
+            peak = timing.peak_bytes(this.training(form), before, device)
+            if peak is not None:
+                report({"key": f"memory/{name}/{shape.name}", "value": peak, "unit": "bytes"})
+        for what, wrap in (("forward", this.forward), ("training", this.training)):
+            taken = take_turns({name: wrap(form) for name, form in forms.items()}, clock)
+            _report_turns(taken, what, what, shape.name, report)
+
+    def with_or_without(shape: Shape) -> None:
+        naive = shape.name != "M" and timing.free_bytes(device) > naive_peak_bytes(shape) * 1.1
+        reason = f"needs {naive_peak_bytes(shape) / 1e9:.1f} GB"
+        if naive:
+            try:
+                one(shape, True)
+                return
+            except torch.OutOfMemoryError:
+                reason = "out of memory"
+        report({"case": f"naive at {shape}", "skipped": reason})
+        timing.release(device)
+        one(shape, False)
+
+    for shape in shapes_of(settings).values():
+        _attempt(report, shape, device, with_or_without, shape)
+
+
+def _backends(settings: Settings) -> dict[str, SDPBackend]:
+    if settings.device == "cuda":
+        return {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {"math": SDPBackend.MATH}
+
+
+def attention(settings: Settings, report: Report) -> None:
+    """Stage: the layer against a causal attention layer, whose implementation is forced by name."""
+    device, clock = settings.torch_device, Clock(settings.torch_device)
+
+    def one(shape: Shape, keys: dict[str, str]) -> None:
+        this = Layer(shape, settings)
+        forms: dict[str, Form] = {"ours": this.ours}
+        for name, backend in _backends(settings).items():
+            form = functools.partial(this.attention, backend)
+            try:
+                form()
+                forms[name] = form
+            except RuntimeError as reason:
+                report({"case": f"{name} at {shape}", "skipped": _first_line(reason)})
+        for what, key in keys.items():
+            works = {name: this.work(what, form, attention=name != "ours") for name, form in forms.items()}
+            _report_turns(take_turns(works, clock), key, what if key != "crossover" else key, shape.name, report)
+
+    for name in "ACD":
+        shape = shapes_of(settings)[name]
+        beside = {what: f"beside attention, {what}" for what in ("forward", "training")}
+        _attempt(report, shape, device, one, shape, beside)
+    for shape in QUICK_CROSSOVER if settings.quick else CROSSOVER:
+        _attempt(report, shape, device, one, shape, {"training": "crossover"})
+
+
+def small(settings: Settings, report: Report) -> None:
+    """Stage: shape P, where launches cost more than work: calls in a row, and CUDA graphs replayed."""
+    device, shape = settings.torch_device, shapes_of(settings)["P"]
+    # Half a megabyte of activations lives in the cache in any case.
+    clock = Clock(device, flush=False)
+    this = Layer(shape, settings)
+    this.check(report, naive=True)
+    works = {name: this.training(form) for name, form in (("ours", this.ours), ("naive", this.naive))}
+
+    def one(what: str, wrap: Callable[[Work], Work]) -> None:
+        taken = take_turns({name: wrap(work) for name, work in works.items()}, clock, calls=20)
+        _report_turns(taken, what, what, shape.name, report)
+
+    _attempt(report, f"eager at {shape}", device, one, "eager", lambda work: work)
+    _attempt(report, f"graph at {shape}", device, one, "graph", lambda work: timing.graphed(work, device))
+
+
+def scaling(settings: Settings, report: Report) -> None:
+    """Stage: training at E = 512 from 8k to 1M tokens in one sequence."""
+    device, clock = settings.torch_device, Clock(settings.torch_device)
+
+    def one(shape: Shape, timed: bool) -> None:
+        this = Layer(shape, settings)
+        work = this.training(this.ours)
+        if timed:
+            _report_turns(take_turns({"ours": work}, clock), "scaling", "scaling", shape.name, report)
+        else:
+            work()
+
+    shapes = QUICK_SCALING if settings.quick else SCALING
+    shapes = [shape for shape in shapes if timing.free_bytes(device) > 1.5 * our_peak_bytes(shape)]
+    for timed in (False, True):
+        for shape in shapes:
+            _attempt(report, f"L = {shape.name}", device, one, shape, timed)
+
+
+def compiled(settings: Settings, report: Report) -> None:
+    """Stage: the materialising form under torch.compile at C."""
+    shape = shapes_of(settings)["C"]
+    # Off a GPU the compiler proper takes longer than the whole rehearsal.
+    options: dict[str, Any] = {"mode": settings.compile_mode} if settings.device == "cuda" else {"backend": "aot_eager"}
+    mix = torch.compile(materialized.mix, fullgraph=True, dynamic=False, **options)
+    this = Layer(shape, settings)
+    forms: dict[str, Form] = {"ours": this.ours, "compiled": functools.partial(this.naive, mix)}
+    works = {name: this.training(form) for name, form in forms.items()}
+    begin = time.monotonic()
+    works["compiled"]()
+    report({"case": "compilation", "seconds": round(time.monotonic() - begin, 1), "options": str(options)})
+    with torch.no_grad():
+        found = error(forms["compiled"](), this.naive())
+    if not found <= SAME:
+        raise ValueError(f"compiled at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
+    taken = take_turns(works, Clock(settings.torch_device))
+    _report_turns(taken, "beside compiled", "training", shape.name, report)

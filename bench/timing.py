@@ -1,0 +1,165 @@
+"""Clocks, repetition, statistics and the two ceilings of a device.
+
+Contenders are timed in turns (A, B, A, B, …) in one process, each behind a write that flushes the L2 cache;
+a result is the median with its 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+
+LEAST, MOST = 5, 40
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds: median, 20th and 80th percentile of so many repeats."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    def row(self, key: str) -> dict[str, Any]:
+        found = {"p20": self.p20, "p80": self.p80, "repeats": self.repeats, "unit": "ms"}
+        return {"key": key, "value": self.median, **found}
+
+
+def spread(seconds: list[float]) -> Spread:
+    low, *_, high = statistics.quantiles(seconds, n=5)
+    median, low, high = (float(f"{1e3 * value:.5g}") for value in (statistics.median(seconds), low, high))
+    return Spread(median, low, high, len(seconds))
+
+
+def pair_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over the pairs that were timed one after the other: drift of the clocks cancels."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+class Clock:
+    """Times work on one device: by events on a GPU, by the host's clock on a CPU.
+
+    Args:
+        device: where the work runs.
+        flush: whether to overwrite the L2 cache before each measurement.
+    """
+
+    def __init__(self, device: torch.device, flush: bool = True):
+        self.device = device
+        self.flushed = None
+        if device.type == "cuda" and flush:
+            size = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flushed = torch.empty(4 * size, dtype=torch.uint8, device=device)
+
+    def seconds(self, work: Work, calls: int = 1) -> float:
+        """Seconds of one call of ``work``, the mean of ``calls`` back to back."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            return (time.perf_counter() - start) / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.flushed is not None:
+            self.flushed.zero_()
+        begin.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+
+def take_turns(
+    works: Mapping[str, Work], clock: Clock, budget: float = 1.0, calls: int = 1, least: int = LEAST
+) -> dict[str, list[float]]:
+    """Seconds of every work, timed in turns after a warm-up.
+
+    Args:
+        works: by name.
+        clock: what times them.
+        budget: seconds to spend, within ``least`` and `MOST` rounds.
+        calls: as `Clock.seconds` takes them.
+        least: rounds at least.
+    """
+    for _ in range(WARM_UP - 1):
+        for work in works.values():
+            work()
+    once = sum(clock.seconds(work, calls) for work in works.values()) * calls
+    rounds = min(max(int(budget / max(once, 1e-9)), least), MOST)
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            taken[name].append(clock.seconds(work, calls))
+    return taken
+
+
+def release(device: torch.device) -> None:
+    """Give unused memory back, so that the next shape starts from the same point."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def peak_bytes(work: Work, baseline: int, device: torch.device) -> int | None:
+    """Most bytes allocated while ``work`` runs, above ``baseline``; None off CUDA, where nothing counts them."""
+    if device.type != "cuda":
+        return None
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - baseline
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a test may fill: what is free on a GPU, a small share of the host's elsewhere."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2e9
+
+
+def graphed(work: Work, device: torch.device) -> Work:
+    """``work`` as one CUDA graph, replayed; ``work`` itself where there are no such graphs."""
+    if device.type != "cuda":
+        return work
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+
+    def replay(_kept: object = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def copy_bandwidth(clock: Clock, size: int) -> Spread:
+    """A device-to-device copy of ``size`` bytes; bytes read and written, 2·size, over its time is the ceiling."""
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return spread(take_turns({"copy": lambda: target.copy_(source)}, clock)["copy"])
+
+
+def product(clock: Clock, size: int, dtype: torch.dtype) -> Spread:
+    """A ``size``³ matrix product on random data; 2·size³ over its time is the ceiling."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=clock.device) for _ in range(2))
+    out = torch.empty_like(left)
+    return spread(take_turns({"product": lambda: torch.mm(left, right, out=out)}, clock)["product"])

@@ -1,0 +1,256 @@
+"""Which implementation runs, what is said about it, and what an import costs (R1, R14)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmn_kernels
+from lmn_kernels import BackendError, LinearMerge, LogarithmicMemory, LogarithmicMixing, Sequences, _backend
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")  # only a name: none of these tests touches a device
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process(monkeypatch):
+    """No variable of the machine's own, and no warning used up by an earlier test."""
+    monkeypatch.delenv("LMN_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "_warned", set())
+
+
+def refusal(backend: str, operation: str, device: torch.device = CPU) -> str:
+    """The message with which a backend that was asked for by name refuses; the test is skipped where it serves."""
+    try:
+        _backend.resolve(backend, operation, device)
+    except BackendError as error:
+        return str(error)
+    pytest.skip(f"{backend} serves {operation} on {device.type} here")
+
+
+def test_auto_on_the_cpu_is_silent_and_is_the_reference():
+    x = torch.randn(2, 21, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = LogarithmicMixing(8, 2, 2)
+        y = layer(x)
+        _, state = layer.prefill(x)
+        layer.step(x[:, :1], state)
+    named = LogarithmicMixing(8, 2, 2, backend="reference")
+    named.load_state_dict(layer.state_dict())
+    assert torch.equal(y, named(x))
+    for operation in ("build_tree", "attend"):
+        assert _backend.resolve("auto", operation, CPU) == "reference"
+
+
+@pytest.mark.parametrize("operation", _backend.OPERATIONS)
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_a_forced_backend_that_cannot_serve_says_which_what_where_and_why(backend, operation, device):
+    message = refusal(backend, operation, torch.device(device))
+    head, reason = message.split(": ", 1)
+    for part in (backend, operation, device):
+        assert part in head
+    assert len(reason.split()) > 3, "a reason is a sentence, not a code"
+    assert not issubclass(BackendError, NotImplementedError)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_a_forced_backend_is_never_replaced_in_silence(backend):
+    """Layer, block and operations raise alike; the layer was made without a complaint, as its device may change."""
+    for operation in ("build_tree", "attend"):
+        refusal(backend, operation)
+    x = torch.randn(1, 9, 8)
+    for layer in (LogarithmicMixing(8, 2, 2, backend=backend), LogarithmicMemory(8, 2, 2, backend=backend)):
+        with pytest.raises(BackendError, match=backend):
+            layer(x)
+        with pytest.raises(BackendError, match=backend):
+            layer.prefill(x)
+    sequences = Sequences.equal(1, 9)
+    merge = LinearMerge(torch.randn(2, 1, 16, 8), torch.randn(2, 8), None)
+    with pytest.raises(BackendError, match="build_tree"):
+        lmn_kernels.build_tree(x[0], merge, sequences, backend=backend)
+    nodes = lmn_kernels.build_tree(x[0], merge, sequences)
+    with pytest.raises(BackendError, match="attend"):
+        lmn_kernels.attend(torch.randn(9, 24), torch.cat([nodes, nodes], -1), 2, sequences, backend=backend)
+
+
+def test_a_callable_summarizer_cannot_be_forced_off_the_reference():
+    layer = LogarithmicMixing(8, 2, 1, summarizer=lambda left, right: left - right, backend="triton")
+    with pytest.raises(BackendError, match="callable summarizer"):
+        layer(torch.randn(1, 9, 8))
+
+
+@pytest.mark.parametrize("name", ["cuda", "Reference", "", "pytorch", None])
+def test_no_backend_of_that_name(name):
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, triton, cpp, got"):
+        LogarithmicMixing(8, backend=name)
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, triton, cpp, got"):
+        _backend.resolve(name, "attend", CPU)
+
+
+def test_the_variable_says_what_auto_means(monkeypatch):
+    message = refusal("triton", "build_tree")
+    layer = LogarithmicMixing(8, 2)
+    x = torch.randn(1, 9, 8)
+    expected = layer(x)
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "triton")
+    with pytest.raises(BackendError, match="triton") as raised:
+        layer(x)
+    assert str(raised.value) == message
+    assert torch.equal(_named(layer, "reference")(x), expected), "a name beats the variable"
+    for value in ("reference", "auto", ""):
+        monkeypatch.setenv("LMN_KERNELS_BACKEND", value)
+        assert torch.equal(layer(x), expected)
+
+
+def _named(layer: LogarithmicMixing, backend: str) -> LogarithmicMixing:
+    named = LogarithmicMixing(layer.embedding, layer.heads, layer.bank, backend=backend)
+    named.load_state_dict(layer.state_dict())
+    return named
+
+
+def test_the_variable_chooses_the_reference_where_kernels_would_be(monkeypatch):
+    monkeypatch.setattr(_backend, "why_not", lambda backend, operation, *_: None)
+    assert _backend.resolve("auto", "attend", CUDA) != "reference"
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "reference")
+    assert _backend.resolve("auto", "attend", CUDA) == "reference"
+
+
+def test_a_variable_with_a_typo_is_an_error(monkeypatch):
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "trition")
+    with pytest.raises(ValueError, match="trition"):
+        LogarithmicMixing(8)(torch.randn(1, 4, 8))
+
+
+def test_the_error_of_a_mistyped_variable_names_the_variable(monkeypatch):
+    """Who set it may be far from who reads the message: "backend: …" points at an argument that nobody gave."""
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "trition")
+    with pytest.raises(ValueError, match="LMN_KERNELS_BACKEND"):
+        _backend.resolve("auto", "attend", CPU)
+
+
+@pytest.mark.parametrize("operation", _backend.OPERATIONS)
+def test_auto_falls_back_with_one_warning_that_names_the_reason(monkeypatch, operation):
+    monkeypatch.setattr(_backend, "why_not", lambda backend, op, *_: f"no {backend} for {op} today")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert _backend.resolve("auto", operation, CUDA) == "reference"
+            assert _backend.resolve("auto", operation, torch.device("cuda", 1)) == "reference"
+    assert [w.category for w in caught] == [RuntimeWarning]
+    text = str(caught[0].message)
+    for part in (operation, "cuda", f"for {operation} today"):
+        assert part in text
+
+
+def test_another_reason_is_another_warning(monkeypatch):
+    """Falling back for float64 must not silence the news that float32 falls back, too."""
+    reasons = iter(["float64 is not served", "float64 is not served", "there is no device"])
+    monkeypatch.setattr(_backend, "why_not", lambda *_: next(reasons))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _backend.resolve("auto", "attend", CUDA)
+    assert [str(w.message).endswith(("served", "device")) for w in caught] == [True, True]
+
+
+@pytest.mark.parametrize("operation", _backend.OPERATIONS)
+def test_without_a_gpu_cuda_falls_back(operation):
+    """The real reason, not a made-up one: whatever this build or this machine lacks."""
+    reason = refusal(_backend.preferred(operation, CUDA), operation, CUDA).split(": ", 1)[1]
+    with pytest.warns(RuntimeWarning) as caught:
+        assert _backend.resolve("auto", operation, CUDA) == "reference"
+    assert len(caught) == 1 and reason in str(caught[0].message)
+
+
+def test_falling_back_while_tracing_breaks_no_graph():
+    """A warning in the middle of a traced function would be a graph break."""
+    refusal(_backend.preferred("attend", CUDA), "attend", CUDA)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x):
+        return x + len(_backend.resolve("auto", "attend", CUDA))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert traced(torch.zeros(1)).item() == len("reference")
+
+
+def run_info(**env: str) -> str:
+    command = [sys.executable, "-W", "error", "-m", "lmn_kernels.info"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_info_is_the_same_from_the_command_line_and_from_a_call():
+    text = lmn_kernels.info()
+    # Threads are the one line that the two processes do not share.
+    threads = str(torch.get_num_threads())
+    assert run_info(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads).strip() == text
+    assert lmn_kernels.__version__ in text and torch.__version__ in text
+    assert any(line.startswith("cpu:") for line in text.splitlines())
+    for operation in _backend.OPERATIONS:
+        lines = [line for line in text.splitlines() if line.strip().startswith(f"{operation}:")]
+        assert lines, f"{operation} is not in\n{text}"
+        assert all(any(name in line for name in _backend.BACKENDS[1:]) for line in lines)
+
+
+def cpu_lines(text: str) -> dict[str, str]:
+    """What `info` says about each operation on the CPU."""
+    lines = text[text.index("cpu:") :].splitlines()[1 : 1 + len(_backend.OPERATIONS)]
+    return dict(line.strip().split(": ", 1) for line in lines)
+
+
+def test_info_tells_what_resolve_does(monkeypatch):
+    for value in ("", "reference"):
+        monkeypatch.setenv("LMN_KERNELS_BACKEND", value)
+        for operation, says in cpu_lines(lmn_kernels.info()).items():
+            assert says.split()[0] == _backend.resolve("auto", operation, CPU)
+
+
+def test_info_tells_that_the_variable_asks_for_what_cannot_be(monkeypatch):
+    reason = refusal("triton", "build_tree").split(": ", 1)[1]
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "triton")
+    assert reason in cpu_lines(lmn_kernels.info())["build_tree"]
+
+
+@pytest.mark.parametrize("value", ["triton", "trition"])
+def test_info_survives_the_variable_that_one_runs_it_to_find(monkeypatch, value):
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", value)
+    assert f"LMN_KERNELS_BACKEND={value}" in lmn_kernels.info()
+
+
+def test_importing_the_module_leaves_the_function():
+    """``import lmn_kernels.info`` sets the attribute that ``lmn_kernels.info()`` reads."""
+    code = "import lmn_kernels, lmn_kernels.info; assert 'torch' in lmn_kernels.info()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
+def test_importing_is_light():
+    """Neither Triton nor an optional package, and no CUDA context; not after a step of training on the CPU either."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import lmn_kernels, lmn_kernels._info
+heavy = ("triton", "transformers", "safetensors", "hypothesis", "tqdm", "bench", "pytest")
+for _ in range(2):
+    found = {name for name in set(sys.modules) - before if name.split(".")[0] in heavy}
+    assert not found, found
+    assert not torch.cuda.is_initialized()
+    layer = lmn_kernels.LogarithmicMemory(8, 2, 2)
+    layer(torch.randn(2, 9, 8)).sum().backward()
+    layer.step(torch.randn(2, 1, 8), layer.init_state(2))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
