@@ -5,7 +5,7 @@
 
 Writes DIR/gpu_check.json (cpu_check.json for a rehearsal), whole or not at all, after every stage, and the
 stages' own output to DIR/log.txt; a short table comes last. Exit status: 0, 1 (a stage failed or did not
-end), 2 (bad arguments, or no CUDA device).
+end), 2 (bad arguments, or no CUDA device), 130 (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ BUDGET = 520.0
 
 ALL = [
     Stage("facts", "device, driver, versions, commit, clocks", "facts", 30, gpu_programs.facts),
-    Stage("tests", "the kernels' tests", "check", 150, gpu_programs.tests),
+    Stage("tests", "the kernels' tests", "check", 180, gpu_programs.tests),
     Stage("configs", "every configuration of every kernel, alone", "check", 110, gpu_configs.configurations, 8),
     Stage("poison", "results do not depend on uninitialised memory", "check", 50, gpu_correctness.poison, 4),
     Stage("determinism", "20 equal runs", "check", 50, gpu_correctness.determinism),
@@ -133,7 +134,7 @@ class Check:
             "device": settings.device,
             "backend": settings.backend,
             "quick": settings.quick,
-            "note": "" if real else "A rehearsal on tiny shapes or a CPU: not a result.",
+            "note": "" if real else "REHEARSAL on tiny shapes or a CPU: no number below is a result.",
             "facts": next((row for outcome in self.outcomes if outcome.kind == "facts" for row in outcome.rows), {}),
             "gate": gate(self.outcomes, self.stages),
             "seconds": round(time.monotonic() - self.start, 1),
@@ -162,6 +163,7 @@ def table(record: Mapping[str, Any]) -> str:
     facts, values = record["facts"], {r["key"]: r["value"] for s in record["stages"] for r in s["rows"] if "key" in r}
     commit = f"{_short(facts.get('commit'), 12)}{' and changes' if facts.get('dirty') else ''}"
     lines = [
+        *filter(None, [record["note"]]),
         f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}, commit {commit}",
         f"gate: {record['gate']}, {record['seconds']} s",
     ]
@@ -178,7 +180,7 @@ def table(record: Mapping[str, Any]) -> str:
         number = _number(row["measured"])
         lines.append(f"{row['goal']:>4}  {row['what']:44} {row['bar']:>12} {row['limit']:>9} {number:>9}  {met}")
     lines.append(f"not measured: {record['not_measured']}")
-    return "\n".join([*lines, record["note"]] if record["note"] else lines)
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: no CUDA device is available (--device cpu --quick rehearses without one)", file=sys.stderr)
         return 2
+    if options.device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        print("gpu_check: TRITON_INTERPRET=1 would check the interpreter, not the device; unset it", file=sys.stderr)
+        return 2
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "log.txt").write_text("")
@@ -222,6 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"gpu_check: ended; what was done is in {check.path}", file=sys.stderr)
+        return 130
     print(table(check.record()))
     print(f"record: {check.path}")
     return check.status

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "conv_mixed": {"summarizer": "conv_mixed"},
     "depthwise_separable": {"summarizer": "depthwise_separable"},
 }
-FORMS = ("plain", "padded", "packed", "continued", "step")
+FORMS = ("plain", "padded", "packed", "continued", "lean", "step")
 HEADS, BANK = 4, 2
 
 
@@ -64,6 +64,11 @@ class Trial:
         if form == "continued":
             first, state = layer(x[:, :split], return_state=True)
             return torch.cat([first, layer(x[:, split:], state=state)], 1)
+        if form == "lean":
+            layer.lean = True
+            y = layer(x)
+            layer.lean = False
+            return y
         if form == "step":
             first, state = layer.prefill(x[:, :-4])
             rows = [first]
@@ -87,8 +92,8 @@ class Trial:
 def _judge(trial: Trial, form: str, dtype: torch.dtype) -> Row:
     """Errors of the output and of the worst gradient against float64, and how often they pass twice the reference's.
 
-    A tensor fails where its error is over the tolerance of its dtype and over twice that of the reference
-    in the same dtype.
+    A tensor fails where its error is over the tolerance of its dtype, unless the reference in that dtype is
+    at least half as wrong; and over ten tolerances in any case: products in TF32 would be.
     """
     layer = trial.layer
     if form == "step" and layer.backend != "reference":
@@ -109,7 +114,8 @@ def _judge(trial: Trial, form: str, dtype: torch.dtype) -> Row:
         part = "y" if index == 0 else "gradients"
         row[part] = max(row.get(part, 0.0), ours)
         bar = TOLERANCE[dtype][min(index, 1)]
-        assert ours <= bar or not over, f"{name}: error {ours:.3g} is over {bar:.3g} and twice {theirs:.3g}"
+        fine = ours <= bar or (not over and ours <= 10 * bar)
+        assert fine, f"{name}: error {ours:.3g} is over {bar:.3g}, that of the reference is {theirs:.3g}"
     padding = trial.padding(form)
     if padding is not None:
         assert not runs[0][0][padding].any() and not runs[0][1][padding].any(), "padding is not exactly 0"
@@ -118,10 +124,11 @@ def _judge(trial: Trial, form: str, dtype: torch.dtype) -> Row:
 
 def layers(settings: Settings, report: Report) -> None:
     """Stage: the layer in every form, kind and dtype against float64; a side stream against the default one."""
-    size, dtypes = (16, DTYPES[::2]) if settings.quick else (64, DTYPES)
-    cases = [(kind, size, dtype, form) for kind in KINDS for dtype in dtypes for form in FORMS]
-    if not settings.quick:
-        cases += [("linear", 256, dtype, form) for dtype in DTYPES for form in FORMS]
+    size, wide = (16, 24) if settings.quick else (64, 256)
+    cases = [(kind, size, dtype, form) for kind in KINDS for dtype in DTYPES for form in FORMS]
+    cases += [("linear", wide, dtype, form) for dtype in DTYPES for form in FORMS]
+    if settings.quick:
+        cases = [c for c in cases if c[2] == torch.float32 and c[1] == size or c[1:3] == (wide, torch.bfloat16)]
     for kind, size, dtype, form in settings.mine(cases):
         with case(report, f"{kind} E={size} {str(dtype).removeprefix('torch.')} {form}") as row:
             torch.manual_seed(0)
@@ -167,8 +174,8 @@ def poison(settings: Settings, report: Report) -> None:
     """Stage: results under poisoned allocations are those under any others, to the bit (R7)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sizes = (16,) if settings.quick else (64, 256)
-    cases = [("linear", size, dtype, form) for size in sizes for dtype in DTYPES for form in FORMS[:4]]
-    cases += [("expander", sizes[0], torch.float32, form) for form in FORMS[:4]]
+    cases = [("linear", size, dtype, form) for size in sizes for dtype in DTYPES for form in FORMS[:5]]
+    cases += [("expander", sizes[0], torch.float32, form) for form in FORMS[:5]]
     for kind, size, dtype, form in settings.mine(cases):
         with case(report, f"{kind} E={size} {str(dtype).removeprefix('torch.')} {form}"):
             torch.manual_seed(0)
@@ -292,7 +299,7 @@ def small_runs(device: str) -> None:
     settings = Settings(device, False, Path())
     for kind, size in [*((kind, 64) for kind in KINDS), ("linear", 256)]:
         for dtype in (torch.bfloat16, torch.float32):
-            for form in FORMS[:4]:
+            for form in FORMS[:5]:
                 trial = Trial(kind, size, dtype, settings)
                 trial.run(trial.layer, form)
     print("small runs done", flush=True)

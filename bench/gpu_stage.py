@@ -67,6 +67,11 @@ class Settings:
     def torch_device(self) -> torch.device:
         return torch.device(self.device, 0) if self.device == "cuda" else torch.device(self.device)
 
+    @property
+    def turn_seconds(self) -> float:
+        """Time for one comparison of contenders; in a rehearsal each has its fewest turns."""
+        return 0.0 if self.quick else 1.0
+
     def mine(self, cases: list[Item]) -> list[Item]:
         return cases[self.shard :: self.shards]
 

@@ -75,6 +75,12 @@ class Layer:
     def ours(self) -> Tensor:
         return self.layer(self.x)
 
+    def lean(self) -> Tensor:
+        self.layer.lean = True
+        y = self.layer(self.x)
+        self.layer.lean = False
+        return y
+
     def naive(self, mix: Callable[..., Tensor] = materialized.mix) -> Tensor:
         summarizer = self.layer.summarizer
         assert isinstance(summarizer, Summarizer)
@@ -102,7 +108,7 @@ class Layer:
             leaves = [self.x, self.qkv, self.weights["out_proj.weight"]]
         return lambda: torch.autograd.grad(form(), leaves, self.cotangent)
 
-    def work(self, what: str, form: Form, attention: bool) -> Work:
+    def work(self, what: str, form: Form, attention: bool = False) -> Work:
         return self.training(form, attention) if what == "training" else self.forward(form)
 
     def check(self, report: Report, naive: bool) -> None:
@@ -128,13 +134,16 @@ class Layer:
                     raise ValueError(f"{name} at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
 
 
-def _attempt(report: Report, what: object, device: torch.device, work: Callable[..., None], *arguments: Any) -> None:
-    """Run a part of a stage; one that fails is a row that says so, and the next one starts with memory freed."""
+def _attempt(report: Report, what: object, device: torch.device, work: Callable[..., None], *arguments: Any) -> bool:
+    """Run a part of a stage and say whether it succeeded; the next one starts with memory freed in any case."""
+    fault = None
     try:
         work(*arguments)
     except Exception as reason:  # out of memory, a wrong result, a kernel's fault: the stage goes on
-        report({"case": str(what), "fault": f"{type(reason).__name__}: {_first_line(reason)}"})
+        fault = f"{type(reason).__name__}: {_first_line(reason)}"
+        report({"case": str(what), "fault": fault})
     timing.release(device)
+    return fault is None
 
 
 def _first_line(reason: Exception) -> str:
@@ -154,7 +163,7 @@ def ceilings(settings: Settings, report: Report) -> None:
     """Stage: what this device copies and multiplies at, in this run."""
     clock = Clock(settings.torch_device)
     size, side = (1 << 20, 128) if settings.quick else (4 << 30, 8192)
-    copied = timing.copy_bandwidth(clock, size)
+    copied = timing.copy(clock, size)
     report(copied.row("copy ms") | {"case": f"copy of {size:,} bytes"})
     report({"key": "copy", "value": 2 * size / (1e-3 * copied.median), "unit": "bytes read and written a second"})
     multiplied = timing.product(clock, side, DTYPE)
@@ -168,20 +177,20 @@ def kernels(settings: Settings, report: Report) -> None:
     """Stage: the stages of a layer one by one, forward and backward, and one product of the tree's FLOPs."""
     device, clock = settings.torch_device, Clock(settings.torch_device)
 
-    def one(shape: Shape, timed: bool) -> None:
+    def warm(shape: Shape) -> None:
+        Layer(shape, settings).check(report, naive=False)
+        for _, work in stage_works(shape, settings):
+            work()
+
+    def one(shape: Shape) -> None:
         works = dict(stage_works(shape, settings))
-        if not timed:
-            for work in works.values():
-                work()
-            return
-        for name, seconds in take_turns(works, clock, budget=1.5).items():
+        for name, seconds in take_turns(works, clock, 1.5 * settings.turn_seconds).items():
             report(spread(seconds).row(f"kernel/{name}/{shape.name}"))
 
     shapes = [s for s in shapes_of(settings).values() if timing.free_bytes(device) > 2 * our_peak_bytes(s)]
-    # Every shape is warm before the first is timed.
-    for timed in (False, True):
-        for shape in shapes:
-            _attempt(report, f"stages at {shape}", device, one, shape, timed)
+    # Every shape is warm, and right, before the first is timed.
+    for shape in [s for s in shapes if _attempt(report, f"stages at {s}", device, warm, s)]:
+        _attempt(report, f"stages at {shape}", device, one, shape)
 
 
 def stage_works(shape: Shape, settings: Settings) -> Iterator[tuple[str, Work]]:
@@ -237,13 +246,14 @@ def layers(settings: Settings, report: Report) -> None:
         before = timing.allocated(device)
         this = Layer(shape, settings)
         this.check(report, naive)
-        forms: dict[str, Form] = {"ours": this.ours} | ({"naive": this.naive} if naive else {})
+        forms: dict[str, Form] = {"ours": this.ours, "lean": this.lean} | ({"naive": this.naive} if naive else {})
         for name, form in forms.items():
             peak = timing.peak_bytes(this.training(form), before, device)
             if peak is not None:
                 report({"key": f"memory/{name}/{shape.name}", "value": peak, "unit": "bytes"})
-        for what, wrap in (("forward", this.forward), ("training", this.training)):
-            taken = take_turns({name: wrap(form) for name, form in forms.items()}, clock)
+        for what in ("forward", "training"):
+            works = {name: this.work(what, form) for name, form in forms.items() if (what, name) != ("forward", "lean")}
+            taken = take_turns(works, clock, settings.turn_seconds)
             _report_turns(taken, what, what, shape.name, report)
 
     def with_or_without(shape: Shape) -> None:
@@ -275,6 +285,7 @@ def attention(settings: Settings, report: Report) -> None:
 
     def one(shape: Shape, keys: dict[str, str]) -> None:
         this = Layer(shape, settings)
+        this.check(report, naive=False)
         forms: dict[str, Form] = {"ours": this.ours}
         for name, backend in _backends(settings).items():
             form = functools.partial(this.attention, backend)
@@ -285,7 +296,8 @@ def attention(settings: Settings, report: Report) -> None:
                 report({"case": f"{name} at {shape}", "skipped": _first_line(reason)})
         for what, key in keys.items():
             works = {name: this.work(what, form, attention=name != "ours") for name, form in forms.items()}
-            _report_turns(take_turns(works, clock), key, what if key != "crossover" else key, shape.name, report)
+            taken = take_turns(works, clock, settings.turn_seconds)
+            _report_turns(taken, key, what if key != "crossover" else key, shape.name, report)
 
     for name in "ACD":
         shape = shapes_of(settings)[name]
@@ -305,7 +317,8 @@ def small(settings: Settings, report: Report) -> None:
     works = {name: this.training(form) for name, form in (("ours", this.ours), ("naive", this.naive))}
 
     def one(what: str, wrap: Callable[[Work], Work]) -> None:
-        taken = take_turns({name: wrap(work) for name, work in works.items()}, clock, calls=20)
+        calls = 2 if settings.quick else 20
+        taken = take_turns({name: wrap(work) for name, work in works.items()}, clock, settings.turn_seconds, calls)
         _report_turns(taken, what, what, shape.name, report)
 
     _attempt(report, f"eager at {shape}", device, one, "eager", lambda work: work)
@@ -316,19 +329,20 @@ def scaling(settings: Settings, report: Report) -> None:
     """Stage: training at E = 512 from 8k to 1M tokens in one sequence."""
     device, clock = settings.torch_device, Clock(settings.torch_device)
 
-    def one(shape: Shape, timed: bool) -> None:
+    def warm(shape: Shape) -> None:
         this = Layer(shape, settings)
-        work = this.training(this.ours)
-        if timed:
-            _report_turns(take_turns({"ours": work}, clock), "scaling", "scaling", shape.name, report)
-        else:
-            work()
+        this.check(report, naive=False)
+        this.training(this.ours)()
+
+    def one(shape: Shape) -> None:
+        this = Layer(shape, settings)
+        taken = take_turns({"ours": this.training(this.ours)}, clock, settings.turn_seconds)
+        _report_turns(taken, "scaling", "scaling", shape.name, report)
 
     shapes = QUICK_SCALING if settings.quick else SCALING
     shapes = [shape for shape in shapes if timing.free_bytes(device) > 1.5 * our_peak_bytes(shape)]
-    for timed in (False, True):
-        for shape in shapes:
-            _attempt(report, f"L = {shape.name}", device, one, shape, timed)
+    for shape in [shape for shape in shapes if _attempt(report, f"L = {shape.name}", device, warm, shape)]:
+        _attempt(report, f"L = {shape.name}", device, one, shape)
 
 
 def compiled(settings: Settings, report: Report) -> None:
@@ -338,6 +352,7 @@ def compiled(settings: Settings, report: Report) -> None:
     options: dict[str, Any] = {"mode": settings.compile_mode} if settings.device == "cuda" else {"backend": "aot_eager"}
     mix = torch.compile(materialized.mix, fullgraph=True, dynamic=False, **options)
     this = Layer(shape, settings)
+    this.check(report, naive=True)
     forms: dict[str, Form] = {"ours": this.ours, "compiled": functools.partial(this.naive, mix)}
     works = {name: this.training(form) for name, form in forms.items()}
     begin = time.monotonic()
@@ -347,5 +362,5 @@ def compiled(settings: Settings, report: Report) -> None:
         found = error(forms["compiled"](), this.naive())
     if not found <= SAME:
         raise ValueError(f"compiled at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
-    taken = take_turns(works, Clock(settings.torch_device))
+    taken = take_turns(works, Clock(settings.torch_device), settings.turn_seconds)
     _report_turns(taken, "beside compiled", "training", shape.name, report)

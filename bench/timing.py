@@ -151,7 +151,7 @@ def graphed(work: Work, device: torch.device) -> Work:
     return replay
 
 
-def copy_bandwidth(clock: Clock, size: int) -> Spread:
+def copy(clock: Clock, size: int) -> Spread:
     """A device-to-device copy of ``size`` bytes; bytes read and written, 2·size, over its time is the ceiling."""
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)

@@ -14,7 +14,7 @@ from python_ref.layout import Layout, level_count, stack_height, state_rows
 from python_ref.tree import LinearMerge, build_tree_with
 
 from . import _backend
-from ._checks import check_device, check_float, check_positive, check_shape, concrete
+from ._checks import check_device, check_float, check_positive, check_shape, check_tensor, concrete
 from .attention import SingleVectorAttention
 from .functional import attend, build_tree, under_autocast
 from .sequences import Sequences
@@ -160,19 +160,25 @@ class LogarithmicMixing(nn.Module):
         attention_mask: Tensor | None,
     ) -> Sequences:
         batch, length = x.shape[:2]
-        if sum(part is not None for part in (lengths, cu_seqlens, attention_mask)) > 1:
-            raise ValueError("lengths, cu_seqlens, attention_mask: expected at most one of them, got several")
+        given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: expected at most one of them, got {len(given)}")
+        for name, value in given.items():
+            check_tensor(name, value)
+            check_device(name, value, x.device)
+        if max_length is not None:
+            if cu_seqlens is None:
+                raise ValueError(f"max_length: expected None without cu_seqlens, got {max_length!r}")
+            check_positive("max_length", max_length, 0)
         if lengths is not None:
-            check_device("lengths", lengths, x.device)
             return Sequences.padded(batch, length, lengths)
         if attention_mask is not None:
             check_shape("attention_mask", attention_mask, (batch, length), "[batch, length]")
-            check_device("attention_mask", attention_mask, x.device)
             return Sequences.masked(attention_mask)
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"x: expected shape [1, tokens, embedding] with cu_seqlens, got {list(x.shape)}")
-            check_device("cu_seqlens", cu_seqlens, x.device)
             return Sequences.packed(length, cu_seqlens, max_length)
         return Sequences.equal(batch, length)
 
@@ -278,10 +284,11 @@ class LogarithmicMixing(nn.Module):
             rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
             return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0)
 
-        q, v = pick(node_qv).chunk(2, -1)
-        newest = pick(nodes)
+        newest, (q, v) = pick(nodes), (pick(half) for half in node_qv.chunk(2, -1))
         token_row, token_exists = layout.newest_token()
-        tokens = flat if state is None else torch.cat([flat, state.token.to(flat.dtype)])
+        # The last row stands for no token.
+        none = flat.new_zeros(1, self.embedding)
+        tokens = torch.cat([flat, none] if state is None else [flat, state.token.to(flat.dtype), none])
         token = torch.where(token_exists[:, None], tokens.index_select(0, token_row).to(dtype), 0)
         position = offset + length
         if state is not None:
@@ -313,6 +320,7 @@ class LogarithmicMixing(nn.Module):
             device: that of the parameters where None.
         """
         weight = self.sva.q.weight
+        check_positive("max_position", max_position, 0)
         return MemoryState.empty(
             batch_size,
             self.embedding,
@@ -361,9 +369,11 @@ class LogarithmicMixing(nn.Module):
             chain = int(lowest.max()).bit_length() - 1 if lowest.numel() else 0
         old = state.nodes.to(x.dtype)
         levels = ref_step.update(x, position, state.token.to(x.dtype), old, self._merge, self.expand, chain)
-        advanced = replace(state, position=position, token=x.to(state.token.dtype), max_position=state.max_position + 1)
+        # A state shares no storage with what it came from: `restore` may write into it.
+        token = x.to(state.token.dtype, copy=True)
+        advanced = replace(state, position=position, token=token, max_position=state.max_position + 1)
         if not levels:
-            return advanced
+            return replace(advanced, nodes=state.nodes.clone(), q=state.q.clone(), v=state.v.clone())
         count = state_rows(chain, self.expand)
         fresh = torch.cat([stack for _, stack in levels], 1)
         height = [stack_height(level, self.expand) for level in range(1, chain + 1)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from python_ref.layout import constant, level_count, stack_height, state_rows
 
-from ._checks import check_device, check_ids, check_positive, check_shape
+from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 
 LAYOUT_VERSION = 1
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
@@ -62,6 +62,8 @@ class MemoryState:
     ) -> MemoryState:
         """The state before the first token, with room for ``levels`` levels."""
         check_positive("batch_size", batch_size, 0)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         shape = (batch_size, state_rows(levels, expand), bank, embedding)
         nodes, q, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -89,10 +91,10 @@ class MemoryState:
         Raises:
             RuntimeError: the state is exhausted: positions would pass 2^62.
         """
-        if max_position >> (self.levels + 1) == 0:
-            return self
         if max_position > MAX_POSITION:
             raise RuntimeError(f"state: expected positions of at most 2^62 - 1, got up to {max_position}: exhausted")
+        if max_position >> (self.levels + 1) == 0:
+            return self
         levels = level_count(max_position)
         missing = state_rows(levels, self.expand) - state_rows(self.levels, self.expand)
         grown = (torch.nn.functional.pad(part, (0, 0, 0, 0, 0, missing)) for part in (self.nodes, self.q, self.v))
@@ -101,6 +103,7 @@ class MemoryState:
 
     def reorder(self, index: Tensor) -> MemoryState:
         """Rows ``index [B']`` (int32 or int64, 0 … B-1) of this state, in that order; for beams and slots."""
+        check_tensor("index", index)
         check_ids("index", index, tuple(index.shape[:1]), 0, self.batch_size - 1)
         return self._map(lambda tensor: tensor.index_select(0, index))
 
@@ -108,6 +111,7 @@ class MemoryState:
         """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
         if rows is None:
             return replace(self._map(torch.zeros_like), max_position=0)
+        check_tensor("rows", rows)
         if rows.dtype == torch.bool:
             check_shape("rows", rows, (self.batch_size,))
             gone = rows
@@ -169,6 +173,10 @@ class MemoryState:
         """
         if self.expand != expand:
             raise ValueError(f"state: expected one with expand={expand}, got {self.expand}")
+        if self.position.dtype != torch.int64:
+            raise TypeError(f"state.position: expected dtype int64, got {self.position.dtype}")
+        for name in ("token", "nodes", "q", "v"):
+            check_float(f"state.{name}", getattr(self, name))
         rows = state_rows(self.levels, expand)
         check_shape("state.position", self.position, (batch_size,), "[batch]")
         check_shape("state.token", self.token, (batch_size, embedding), "[batch, embedding]")
@@ -199,7 +207,7 @@ def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> 
 
     sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
     tensors = {
-        f"{layer}.{name}": getattr(state, name).detach().contiguous()
+        f"{layer}.{name}": getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
         for layer, state in enumerate(states)
         for name in _TENSORS
     }
@@ -238,5 +246,5 @@ def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu"
                 MemoryState(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
                 for layer, size in enumerate(sizes)
             ]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file with states, got {error}") from error
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a safetensors file of states, got {error}") from error

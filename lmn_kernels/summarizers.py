@@ -127,10 +127,11 @@ class Expander(nn.Module):
 
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
-        places, height, bank, size = stack.shape
-        columns = stack.permute(0, 2, 3, 1).reshape(places * bank, size, height)
-        columns = self.conv_transpose(columns)
-        return columns.unflatten(0, (places, bank)).permute(0, 3, 1, 2)
+        # As a matrix product: a convolution would be rounded to TF32 on a GPU by its own, other switch.
+        kernel, k = self.conv_transpose.weight, self.expand
+        taps = torch.einsum("phmi,iok->kphmo", stack, kernel)
+        shifted = [torch.nn.functional.pad(tap, (0, 0, 0, 0, i, k - i)) for i, tap in enumerate(taps)]
+        return torch.stack(shifted).sum(0) + self.conv_transpose.bias
 
     def fold(self, merge: LinearMerge) -> LinearMerge:
         """This expander followed by a linear summarizer, as one linear map of two stacks."""

@@ -131,7 +131,7 @@ class Layout:
         self.level_nodes = [tokens] + [
             sequences * (self.equal_length >> i)
             if spans is None
-            else _level_nodes(i, tokens, sequences, carried_levels)
+            else _level_nodes(i, tokens, sequences, carried_levels) * (sequences > 0)
             for i in range(1, self.levels + 1)
         ]
         self.level_base = [0]
@@ -204,8 +204,8 @@ class Layout:
     def children(self, level: int) -> Tensor:
         """``[P, 2]`` rows of the left and right child of every new node of a level (section 1).
 
-        Places beyond the last node of the last sequence name absent children (row 0 at level 0, else
-        the null row); what is computed from them is never read.
+        Places beyond the last node of the last sequence have two absent children (row 0 at level 0, else
+        the null row); what is computed from them is never read, and sends nothing to a real node.
         """
         _, _, _, first, place = self.tables()
         number = torch.arange(self.level_nodes[level], device=self.device)
@@ -215,7 +215,9 @@ class Layout:
         below = torch.full_like(number, level - 1)
         left, _ = self.node_row(below, sequence, 2 * index)
         right, _ = self.node_row(below, sequence, 2 * index + 1)
-        return torch.stack([left, right], 1)
+        rows = torch.stack([left, right], 1)
+        real = number < place[level, -1]
+        return torch.where(real[:, None], rows, 0 if level == 1 else self.null_row)
 
     def slots(self, sequence: Tensor, position: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         """Rows of the memory of ``position n`` of a sequence (section 2).
@@ -257,8 +259,10 @@ class Layout:
         first = (offset + 1) >> shift
         count = torch.where(length > 0, ((offset + length) >> shift) - first + 1, 0)
         before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-        if self.spans is None:
-            total = self.sequences * ((self.equal_length >> shift) + 1) if self.tokens else 0
+        if self.tokens == 0 or self.sequences == 0:
+            total = 0
+        elif self.spans is None:
+            total = self.sequences * ((self.equal_length >> shift) + 1)
         else:
             total = (self.tokens >> shift) + self.sequences * (1 if self.carried_levels is None else 2)
         number = torch.arange(total, device=self.device)

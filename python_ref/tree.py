@@ -92,7 +92,7 @@ def _children(source: Tensor, rows: Tensor | None, level: int, layout: Layout) -
     bank, _, size = source.shape
     height = stack_height(level - 1, layout.expand)
     if rows is not None:
-        return source.index_select(1, rows.flatten()).reshape(bank, -1, 2, height, size)
+        return source.index_select(1, rows.flatten()).reshape(bank, *rows.shape, size)
     each = layout.equal_length >> level
     pairs = source.reshape(bank, layout.sequences, -1, height, size)[:, :, : 2 * each]
     return pairs.reshape(bank, layout.sequences * each, 2, height, size)
@@ -227,7 +227,7 @@ def build_tree_backward(
     grad_carried = None
     if layout.carried_levels is not None:
         rows = total[:, layout.carry_base : layout.null_row].transpose(0, 1)
-        grad_carried = x.new_empty(rows.shape).copy_(rows).view(layout.sequences, layout.carry_rows, bank, -1)
+        grad_carried = x.new_empty(rows.shape).copy_(rows).view(layout.sequences, layout.carry_rows, bank, x.shape[1])
     return grad_x, grad_weight, grad_bias, grad_scale, grad_token, grad_carried
 
 
@@ -276,6 +276,10 @@ def build_tree_with(
         expected = (stacks.shape[0], stack_height(level, layout.expand), bank, size)
         if tuple(node.shape) != expected:
             raise ValueError(f"summarizer: expected a node of shape {expected}, got {tuple(node.shape)}")
-        levels.append(node.permute(2, 0, 1, 3).reshape(bank, -1, size))
+        levels.append(node.permute(2, 0, 1, 3).reshape(bank, node.shape[0] * node.shape[1], size))
         below = levels[-1] if rows is None else torch.cat([levels[-1], tail], 1)
+    if not levels and torch.is_grad_enabled():
+        # No block is complete. A merge of nothing gives the summarizer's parameters a gradient of zero.
+        nothing = x.new_zeros(0, 1, bank, size)
+        levels.append(merge(nothing, nothing).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat([*levels, tail], 1)

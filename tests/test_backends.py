@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import lmn_kernels
 from lmn_kernels import BackendError, LinearMerge, LogarithmicMemory, LogarithmicMixing, Sequences, _backend
@@ -254,3 +255,16 @@ for _ in range(2):
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_shapes_without_numbers():
+    """On the meta device and under fake tensors nothing may look for a value: estimators of memory run this way."""
+    x = torch.empty(2, 9, 8, device="meta", requires_grad=True)
+    layer = LogarithmicMemory(8, 2, 2, device="meta")
+    assert layer(x).shape == x.shape
+    assert torch.autograd.grad(layer(x).sum(), x)[0].shape == x.shape
+    with FakeTensorMode():
+        fake, layer = torch.empty(2, 9, 8), LogarithmicMemory(8, 2, 2)
+        assert layer(fake, lengths=torch.tensor([9, 4])).shape == fake.shape
+        _, state = layer.prefill(fake)
+        assert layer.step(fake[:, :1], state)[0].shape == (2, 1, 8)
