@@ -81,7 +81,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
         fits[key] = fits.get(key, False) or r["shared"] <= SHARED_LIMIT[r["arch"]]
         if r["default"] and r["arch"] in NO_SPILLS and r["spilled"]:
             found.append(f"{r['kernel']} {r['dtype']} sm_{r['arch']}: spills {r['spilled']} bytes")
-    found += [f"{kernel} {dtype} sm_{arch}: no configuration fits" for (kernel, dtype, arch), ok in fits.items() if not ok]
+    found += [f"{name} {dtype} sm_{arch}: no configuration fits" for (name, dtype, arch), ok in fits.items() if not ok]
     return found
 
 

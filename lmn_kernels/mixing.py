@@ -160,8 +160,8 @@ class LogarithmicMixing(nn.Module):
         attention_mask: Tensor | None,
     ) -> Sequences:
         batch, length = x.shape[:2]
-        given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-        given = {name: value for name, value in given.items() if value is not None}
+        masks = {"lengths": lengths, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        given = {name: value for name, value in masks.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: expected at most one of them, got {len(given)}")
         for name, value in given.items():

@@ -148,22 +148,19 @@ class MemoryState:
         """
         if any(tensor.requires_grad for tensor in self._tensors()):
             raise RuntimeError("state: expected one outside of any graph to restore into, got one that requires grad")
+        if not isinstance(snapshot, MemoryState):
+            raise TypeError(f"snapshot: expected a MemoryState, got {type(snapshot).__name__}")
+        if snapshot.expand != self.expand:
+            raise ValueError(f"snapshot: expected expand={self.expand}, got {snapshot.expand}")
         if snapshot.levels < self.levels:
             snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
-        self.check_like(snapshot, "snapshot")
+        for name, own, kept in zip(_TENSORS, self._tensors(), snapshot._tensors(), strict=True):
+            check_shape(f"snapshot.{name}", kept, tuple(own.shape))
+            check_device(f"snapshot.{name}", kept, own.device)
         with torch.no_grad():
             for own, kept in zip(self._tensors(), snapshot._tensors(), strict=True):
                 own.copy_(kept)
         return replace(self, max_position=snapshot.max_position)
-
-    def check_like(self, other: MemoryState, name: str) -> None:
-        if not isinstance(other, MemoryState):
-            raise TypeError(f"{name}: expected a MemoryState, got {type(other).__name__}")
-        if other.expand != self.expand:
-            raise ValueError(f"{name}: expected expand={self.expand}, got {other.expand}")
-        for part, own, theirs in zip(_TENSORS, self._tensors(), other._tensors(), strict=True):
-            check_shape(f"{name}.{part}", theirs, tuple(own.shape))
-            check_device(f"{name}.{part}", theirs, own.device)
 
     def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
         """Whether a layer with these sizes can continue from this state.

@@ -128,10 +128,10 @@ class Expander(nn.Module):
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
         # As a matrix product: a convolution would be rounded to TF32 on a GPU by its own, other switch.
-        kernel, k = self.conv_transpose.weight, self.expand
+        kernel, bias, k = self.conv_transpose.weight, self.conv_transpose.bias, self.expand
         taps = torch.einsum("phmi,iok->kphmo", stack, kernel)
         shifted = [torch.nn.functional.pad(tap, (0, 0, 0, 0, i, k - i)) for i, tap in enumerate(taps)]
-        return torch.stack(shifted).sum(0) + self.conv_transpose.bias
+        return torch.stack(shifted).sum(0) + bias  # type: ignore[operator]
 
     def fold(self, merge: LinearMerge) -> LinearMerge:
         """This expander followed by a linear summarizer, as one linear map of two stacks."""

@@ -46,4 +46,5 @@ def test_a_fault_is_a_fault():
     assert not compile_kernels.faults([row | {"spilled": 8, "arch": 75}])
     assert "no configuration fits" in compile_kernels.faults([row | {"shared": 232449}])[0]
     assert not compile_kernels.faults([row | {"shared": 232449}, row])
-    assert "PassManager" in compile_kernels.faults([{"kernel": "k", "dtype": "", "arch": 75, "error": "PassManager"}])[0]
+    broken = {"kernel": "k", "dtype": "float16", "arch": 75, "error": "PassManager"}
+    assert "PassManager" in compile_kernels.faults([broken])[0]
