@@ -173,22 +173,30 @@ def _second_derivative(
     """
     if backend != "reference":
         raise RuntimeError(f"{operation}: second derivatives need backend='reference', got {backend!r}")
+    further = torch.is_grad_enabled()
+
+    def tracked(tensor: Tensor) -> Tensor:
+        # An alias: in the graph, so that the result can be differentiated again, yet nobody's ancestor.
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
     with torch.enable_grad():
-        given = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        leaves = [t for t in given if t is not None]
-        seed = grad.detach().requires_grad_()
+        given = [None if t is None else tracked(t) for t in inputs]
+        seed, leaves = tracked(grad), [t for t in given if t is not None]
         result = function(given)
         # A sequence of one token has no node above it, and so no derivative of one.
-        first = torch.autograd.grad(result, leaves, seed, create_graph=True) if result.requires_grad else leaves
+        first: list[Tensor | None] = [None] * len(leaves)
+        if result.requires_grad:
+            first = list(torch.autograd.grad(result, leaves, seed, create_graph=True, allow_unused=True))
+        wanted = [gg for t, gg in zip(given, grad_grads, strict=True) if t is not None]
         pairs = [
             (g, gg)
-            for g, gg in zip(first, [gg for t, gg in zip(given, grad_grads, strict=True) if t is not None], strict=True)
-            if gg is not None and g.grad_fn is not None
+            for g, gg in zip(first, wanted, strict=True)
+            if gg is not None and g is not None and g.grad_fn is not None
         ]
-        outer = [seed, *leaves]
         if not pairs:
             return [None] * (1 + len(inputs))
-        found = torch.autograd.grad([g for g, _ in pairs], outer, [gg for _, gg in pairs], allow_unused=True)
+        weights, vectors = [g for g, _ in pairs], [gg for _, gg in pairs]
+        found = torch.autograd.grad(weights, [seed, *leaves], vectors, allow_unused=True, create_graph=further)
     second = iter(found[1:])
     return [found[0], *(None if t is None else next(second) for t in given)]
 

@@ -36,7 +36,7 @@ def build_tree(
     Args:
         x: ``[M, E]`` tokens, a floating dtype; any strides.
         merge: the summarizer as a linear map, in the dtype of x: ``weight [G, 1+k, 2C, C]``,
-            ``bias [G, C]``, ``scale [2, G, C]`` or None; G·C = m·E for m banks.
+            ``bias [G, C]``, ``scale [2, G, C]`` or None; for m banks G = m and C = E, or G = 1 and C = m·E.
         sequences: which rows form a sequence.
         token: ``[S, E]`` the token before each sequence; with ``carried``, where the sequences continue.
         carried: ``[S, R, m, E]`` the newest nodes of levels 1, 2, … before each sequence.
@@ -58,8 +58,10 @@ def build_tree(
     groups, taps, _, features = merge.weight.shape
     rows = features if merge.scale is not None else 2 * features
     check_shape("merge.weight", merge.weight, (groups, taps, rows, features), "[groups, 1 + expand, in, out]")
-    if (groups * features) % size:
-        raise ValueError(f"merge.weight: expected groups·features a multiple of {size}, got {groups * features}")
+    if features != size and (groups != 1 or features % size):
+        raise ValueError(
+            f"merge.weight: expected {size} features a group, or one group of a multiple, got {groups} of {features}"
+        )
     check_shape("merge.bias", merge.bias, (groups, features), "[groups, features]")
     if merge.scale is not None:
         check_shape("merge.scale", merge.scale, (2, groups, features), "[2, groups, features]")
@@ -126,7 +128,7 @@ def attend(
 
 def _refuse_tangent(name: str, tensor: Tensor) -> None:
     """The operations have no forward-mode derivative, and the dispatcher would drop a tangent without a word."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+    if forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(f"{name}: expected a tensor without a forward-mode tangent; use backward mode")
 
 

@@ -35,9 +35,10 @@ class LogarithmicMixing(nn.Module):
         heads: H, a divisor of E.
         bank: m, trees side by side, each with its own summarizer.
         parallelize: where False, ``forward`` continues from a memory that the layer keeps, as the
-            original's does; `reset` empties it.
+            original's does, gradients included; `reset` empties it.
         summarizer: ``"linear"``, ``"conv"`` (groups = bank), ``"conv_mixed"`` (groups = 1),
-            ``"depthwise_separable"``, or any callable ``(left, right) → node`` on ``[..., m, E]``.
+            ``"depthwise_separable"``, or any callable ``(left, right) → node`` on ``[..., m, E]`` that is
+            finite and differentiable at zero (places without a node hold zeros).
         expand: k of the expander, or None without one.
         init: ``"original"``, or ``"variance_preserving"``: a node varies as much as its children.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.

@@ -49,10 +49,14 @@ class Sequences:
         """Left- or right-padded rows: ``mask [B, L]`` is True (or nonzero) on one run of tokens per row.
 
         Raises:
+            TypeError: a floating mask.
             ValueError: a row's tokens are not consecutive (checked where it costs no synchronisation).
         """
         if mask.dim() != 2:
             raise ValueError(f"attention_mask: expected shape [batch, length], got {list(mask.shape)}")
+        if mask.is_floating_point():
+            # An additive mask means the opposite: 0 where a token is.
+            raise TypeError(f"attention_mask: expected bool or integers, nonzero at tokens, got {mask.dtype}")
         mask = mask.to(torch.bool)
         batch, length = mask.shape
         before = torch.nn.functional.pad(mask, (1, 0))

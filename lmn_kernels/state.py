@@ -21,12 +21,13 @@ MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arit
 _TENSORS = ("position", "token", "nodes", "q", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemoryState:
     """What a layer remembers of B sequences, each at its own position (specification, section 3).
 
-    Layers never change a state: they return a new one, and gradients flow through both. Only `restore`
-    writes in place.
+    Layers never change a state: they return a new one that shares no storage with it, and gradients flow
+    through both. Only `restore` writes in place; `detach`, and `to` where it changes nothing, share storage.
+    A state belongs to the parameters that made it: q and v are not projected again when those change.
 
     Attributes:
         position: ``[B]`` int64, tokens seen.
@@ -197,11 +198,15 @@ def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> 
     """Write the states of a model's layers to one safetensors file, whole or not at all.
 
     Raises:
+        TypeError: an element is no state.
         OSError: the file cannot be written; an older file of that name is left as it was.
         ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
     """
     from safetensors.torch import save
 
+    for index, state in enumerate(states):
+        if not isinstance(state, MemoryState):
+            raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
     sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
     tensors = {
         f"{layer}.{name}": getattr(state, name).detach().clone(memory_format=torch.contiguous_format)

@@ -147,9 +147,9 @@ def attend_backward(
     grad_nodes = torch.zeros(node_table.shape, dtype=_compute_dtype(node_qv.dtype), device=node_qv.device)
     scale = head_size**-0.5
     for block in _blocks(token_qkv, node_qv, heads, layout):
-        q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
         # A place without a token must send nothing to the nodes, whatever its row holds.
-        k = torch.where(block.valid, k, 0) * scale
+        q, k, v = (torch.where(block.valid, block.tokens(token_table, part, 3), 0) for part in range(3))
+        k = k * scale
         grad = torch.where(block.valid, block.tokens(grad_table), 0)
         node_q, node_v = block.keys(node_table, 0), block.keys(node_table, 1)
         score = block.scores((q * k).sum(-1, keepdim=True), node_q, k)

@@ -342,11 +342,12 @@ def make_layout(
     if spans is not None:
         return Layout(tokens, sequences, expand, max_position, spans, carried_levels, device)
     key = (tokens, sequences, expand, max_position, device)
-    if key not in _LAYOUTS:
+    layout = _LAYOUTS.get(key)
+    if layout is None:
         if len(_LAYOUTS) >= _LAYOUTS_KEPT:
             if device.type == "cuda":
                 # Freed tables may be read by work still queued on any stream.
                 torch.cuda.synchronize(device)
             _LAYOUTS.clear()
-        _LAYOUTS[key] = Layout(tokens, sequences, expand, max_position, None, None, device, kept=True)
-    return _LAYOUTS[key]
+        layout = _LAYOUTS[key] = Layout(tokens, sequences, expand, max_position, None, None, device, kept=True)
+    return layout

@@ -196,7 +196,6 @@ def build_tree_backward(
     groups = _Groups(summarizer, bank)
     weight = summarizer.weight.transpose(1, 2).flatten(2)
     total = grad_nodes.clone(memory_format=torch.contiguous_format)
-    total[:, layout.null_row] = 0
     grad_x = x.new_zeros(x.shape)
     # Sums over all nodes are kept in float32 at least; each is rounded once, at the end.
     wide = torch.promote_types(x.dtype, torch.float32)

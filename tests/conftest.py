@@ -1,4 +1,4 @@
-"""What all tests share: few threads, fresh seeds, and memory that is never zero by luck."""
+"""What all tests share: one thread, fresh seeds, and memory that is never zero by luck."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _settled():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -199,7 +199,7 @@ def test_every_variant_compiles(variant):
 
 
 def test_ragged_batches_and_lean_layers_compile():
-    mask = torch.ones(3, 20).index_fill(1, torch.arange(5), 0)
+    mask = torch.ones(3, 20).index_fill(1, torch.arange(5), 0).bool()
     for batch, options, lean in (
         (3, {"lengths": torch.tensor([20, 0, 7])}, False),
         (1, {"cu_seqlens": torch.tensor([0, 5, 5, 18])}, False),

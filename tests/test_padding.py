@@ -383,3 +383,11 @@ def test_wrong_arguments_of_step_and_of_states_are_named():
     ):
         with pytest.raises(error, match=said):
             call()
+
+
+def test_an_additive_mask_is_refused():
+    """Its zeros stand where tokens are: taken for a mask of tokens it would keep exactly what it hides."""
+    mask = torch.zeros(2, 9)
+    mask[:, 7:] = -math.inf
+    with pytest.raises(TypeError, match="attention_mask: expected bool or integers.*float32"):
+        LogarithmicMixing(8)(torch.zeros(2, 9, 8), attention_mask=mask)

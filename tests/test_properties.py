@@ -295,7 +295,7 @@ def test_no_tokens_at_all(name, given_as):
     options = {
         "equal": {},
         "lengths": {"lengths": torch.tensor([0])},
-        "attention_mask": {"attention_mask": torch.zeros(1, 0)},
+        "attention_mask": {"attention_mask": torch.zeros(1, 0, dtype=torch.bool)},
         "cu_seqlens": {"cu_seqlens": torch.tensor([0, 0])},
         "state": {"state": before},
     }[given_as]
@@ -328,6 +328,21 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match="carried"):
         x, token, carried = torch.randn(8, 4), torch.randn(1, 4), torch.randn(1, 3, 1, 4)
         build_tree(x, merge, after, token=token, carried=carried)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_in_sixteen_bits_rounds_once(dtype):
+    """Scores, softmax and sums in float32: `TOLERANCE` alone would let a softmax in 16 bits pass (R12)."""
+    sequences, unit = Sequences.equal(2, 150), torch.finfo(dtype).eps / 2
+    operands = [torch.randn(300, 24).to(dtype), torch.randn(2, 301, 16).to(dtype)]
+    cotangent, results = torch.randn(300, 8).to(dtype), []
+    for kind in (dtype, F64):
+        leaves = [operand.detach().to(kind).requires_grad_() for operand in operands]
+        out, lse = attend(*leaves, 2, sequences)
+        results.append([lse, out, *torch.autograd.grad(out, leaves, cotangent.to(kind))])
+    # A number rounded once errs by 0.42 units in the root mean square; the gradients read the rounded ``out``, too.
+    for got, expected, allowed in zip(*results, (1e-6, 0.6 * unit, 0.8 * unit, 0.8 * unit), strict=True):
+        assert_close("attention", got.detach(), expected.detach(), allowed)
 
 
 # Autocast

@@ -1,4 +1,4 @@
-"""The tree kernels in Triton's interpreter, against the float64 reference."""
+"""The tree kernels against the float64 reference: on a GPU, or in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip(
+        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
+        allow_module_level=True,
+    )
+pytest.importorskip("triton", reason="triton is not installed")
 
 from lmn_kernels._triton import tree, tree_configs  # noqa: E402
 from python_ref import tree as reference  # noqa: E402
 from python_ref.layout import Layout  # noqa: E402
 from tests.close import TOLERANCE, assert_close, error  # noqa: E402
 
-pytestmark = pytest.mark.interpret
+pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 EDGES = (0, *range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 GRADIENTS = ("grad_x", "grad_weight", "grad_bias", "grad_scale", "grad_token", "grad_carried")
+
+
+@pytest.fixture(autouse=True)
+def _on_device():
+    with DEVICE:
+        yield
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Case:
     def layout(self) -> Layout:
         if self.equal is not None:
             count, length = self.equal
-            return Layout(count * length, count, self.expand, length, None, None, CPU)
+            return Layout(count * length, count, self.expand, length, None, None, DEVICE)
         length = torch.tensor(self.lengths, dtype=torch.int64)
         offset = torch.zeros_like(length) if self.offsets is None else torch.tensor(self.offsets)
         count = len(self.lengths)
@@ -56,7 +66,7 @@ class Case:
         tokens = int(length.sum()) + 3 if self.slots is None else count * self.slots
         carried = None if self.offsets is None else max(self.offsets).bit_length() - 1
         last = int((length + offset).max()) if count else 0
-        return Layout(tokens, count, self.expand, last, torch.stack([start, length, offset], 1), carried, CPU)
+        return Layout(tokens, count, self.expand, last, torch.stack([start, length, offset], 1), carried, DEVICE)
 
 
 @dataclass

@@ -33,12 +33,6 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    if INTERPRETED and dtype == torch.bfloat16:
-        return tl.float32
-    return _TYPES[dtype]
-
-
 def dot_precision() -> str:
     """``input_precision`` of float32 products: IEEE unless the user allows TF32 in matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

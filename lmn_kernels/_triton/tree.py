@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from python_ref import tree as reference
-from python_ref.layout import Layout, stack_height
+from python_ref.layout import Layout, constant, stack_height
 from python_ref.tree import LinearMerge
 
 from . import tree_kernels as kernels
-from .common import INTERPRETED, dot_precision, dot_type, on_device
+from .common import INTERPRETED, dot_precision, on_device, product_dtype, triton_dtype
 from .tree_configs import (
     BLOCK_FEATURES,
     DTYPES,
@@ -48,7 +48,7 @@ class _Problem:
 
     def __init__(self, x: Tensor, merge: LinearMerge, token: Tensor | None, layout: Layout):
         self.layout = layout
-        self.dtype, self.size = x.dtype, x.shape[1]
+        self.dtype, self.products, self.size = x.dtype, product_dtype(x), x.shape[1]
         self.x = x.contiguous()
         self.token = None if token is None else token.contiguous()
         self.weight, self.bias = merge.weight.contiguous(), merge.bias.contiguous()
@@ -82,7 +82,7 @@ class _Problem:
             "HAS_SCALE": self.scale is not None,
             "HAS_TOKEN": token is not None,
             "CHILDREN": self._children(),
-            "DOT": dot_type(x.dtype),
+            "DOT": triton_dtype(self.products),
             "PRECISION": dot_precision(),
         }
 
@@ -105,7 +105,7 @@ class _Problem:
         return self.layout.level_nodes[level] * stack_height(level - below, self.layout.expand)
 
     def config(self, kind: str, backward: bool) -> Tiling:
-        return config(kind, self.size, self.dtype, sums=2 if backward and self.scale is not None else 1)
+        return config(kind, self.size, self.products, sums=2 if backward and self.scale is not None else 1)
 
     def launch(self, kernel: Any, grid: int, tiling: Tiling, cooperative: bool = False, **arguments: Any) -> None:
         if grid == 0:
@@ -120,10 +120,7 @@ class _Problem:
 
 def child_table(layout: Layout) -> Tensor:
     """`Layout.children` of all levels in one table ``[P, 2]``; -1 for places that hold no node."""
-    kept: list[Tensor] = layout.__dict__.setdefault("_tree_children", [])
-    if not kept:
-        kept.append(_child_table(layout))
-    return kept[0]
+    return layout.keep("tree children", lambda: _child_table(layout))
 
 
 def _child_table(layout: Layout) -> Tensor:
@@ -131,8 +128,7 @@ def _child_table(layout: Layout) -> Tensor:
     if total == 0 or layout.sequences == 0:
         return torch.full((total, 2), -1, dtype=torch.int64, device=device)
     _, _, _, first, place = layout.tables()
-    counts = torch.tensor(layout.level_nodes, device=device)
-    counts[0] = 0
+    counts = constant((0, *layout.level_nodes[1:]), device)
     shelf = torch.arange(levels + 1, device=device)
     level = torch.repeat_interleave(shelf, counts, output_size=total)
     number = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[level]
@@ -319,7 +315,7 @@ def _split_scale(problem: _Problem, sums: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _kernel_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Tensor:
-    layout, tiling = problem.layout, config("weight", problem.size, problem.dtype)
+    layout, tiling = problem.layout, config("weight", problem.size, problem.products)
     banks = problem.group_size // problem.size
     tiles = -(-problem.size // tiling.rows) * -(-problem.size // tiling.cols)
     tiles *= problem.groups * problem.taps * 2 * banks * banks

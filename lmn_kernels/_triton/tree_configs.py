@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import tree_kernels as kernels
-from .common import CompileCase, dot_type, next_power_of_2, pointer
+from .common import CompileCase, next_power_of_2, pointer, triton_dtype
 from .tree_tiles import EQUAL, PAIRED, TABLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,7 +129,7 @@ def compile_cases() -> Iterator[CompileCase]:
 def _case(kind: str, kernel: Any, size: int, variant: tuple[Any, ...], dtype: torch.dtype) -> CompileCase | None:
     name, alone, taps, scale, token, children = variant
     constants: dict[str, Any] = {"E": size, "C": size if alone else 2 * size, "TAPS": taps, "HAS_SCALE": scale}
-    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, "DOT": dot_type(dtype), "PRECISION": "ieee"}
+    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, "DOT": triton_dtype(dtype), "PRECISION": "ieee"}
     known = {key: value for key, value in constants.items() if key in kernel.arg_names}
     # A kernel without the argument that makes a variant has no such variant.
     if (scale and "HAS_SCALE" not in known) or (token and "HAS_TOKEN" not in known):
