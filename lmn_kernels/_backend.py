@@ -12,6 +12,10 @@ from . import _env
 OPERATIONS = ("build_tree", "attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
+# Backends that serve only who asks for them by name. Triton's kernels were compiled and interpreted, but
+# have not run on a GPU: to be taken out with the first green result of `bench.gpu_check`.
+UNPROVEN = {"triton": "the Triton kernels have not run on a GPU yet; backend='triton' takes them all the same"}
+
 _warned: set[tuple[str, str, str]] = set()
 
 
@@ -90,7 +94,7 @@ def resolve(
             raise BackendError(f"backend={backend!r} cannot serve {operation} on {device.type}: {reason}")
         return backend
     chosen = preferred(operation, device)
-    reason = why_not(chosen, operation, device, dtype, head_size)
+    reason = why_not(chosen, operation, device, dtype, head_size) or UNPROVEN.get(chosen)
     if reason is None:
         return chosen
     _warn_once(operation, device.type, reason)

@@ -10,7 +10,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def concrete(tensor: Tensor) -> bool:
     """Whether reading a value costs no device synchronisation and breaks no trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, value: object) -> None:

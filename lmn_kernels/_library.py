@@ -18,6 +18,7 @@ from torch import Tensor
 from python_ref import attention as ref_attention
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout, make_layout, node_rows
+from python_ref.precision import no_autocast
 
 _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 
@@ -93,7 +94,7 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An operation computes in the dtypes it is given: what autocast casts is cast before (`under_autocast`)."""
 
     def run(first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device):
             return implementation(first, *rest)
 
     return run

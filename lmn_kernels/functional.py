@@ -135,6 +135,11 @@ def _refuse_tangent(name: str, tensor: Tensor) -> None:
 def under_autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of an active ``torch.autocast`` region, as `torch.nn.functional.linear` takes it."""
     kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    if autocasts(kind) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -16,7 +16,7 @@ from python_ref.tree import LinearMerge, build_tree_with
 from . import _backend
 from ._checks import check_device, check_float, check_positive, check_shape, check_tensor, concrete
 from .attention import SingleVectorAttention
-from .functional import attend, build_tree, under_autocast
+from .functional import attend, autocasts, build_tree, under_autocast
 from .sequences import Sequences
 from .state import MemoryState
 from .summarizers import Expander, LinearMapSummarizer, make_summarizer
@@ -149,7 +149,7 @@ class LogarithmicMixing(nn.Module):
         check_shape("x", x, (None, None, self.embedding), "[batch, length, embedding]")
         weight = self.sva.q.weight
         check_device("x", x, weight.device)
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocasts(x.device.type):
             raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
 
     @staticmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import stack_height
+from .precision import no_autocast
 
 
 def update(
@@ -67,7 +68,7 @@ def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> 
     """
     wide = torch.promote_types(k.dtype, torch.float32)
     q, v = (part.to(wide).unflatten(-1, (heads, -1)) for part in (q, v))
-    with torch.autocast(k.device.type, enabled=False):
+    with no_autocast(k.device):
         score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
         weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
         return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)

@@ -120,6 +120,7 @@ def _named(layer: LogarithmicMixing, backend: str) -> LogarithmicMixing:
 
 def test_the_variable_chooses_the_reference_where_kernels_would_be(monkeypatch):
     monkeypatch.setattr(_backend, "why_not", lambda backend, operation, *_: None)
+    monkeypatch.setattr(_backend, "UNPROVEN", {})
     assert _backend.resolve("auto", "attend", CUDA) != "reference"
     monkeypatch.setenv("LMN_KERNELS_BACKEND", "reference")
     assert _backend.resolve("auto", "attend", CUDA) == "reference"
@@ -150,6 +151,13 @@ def test_auto_falls_back_with_one_warning_that_names_the_reason(monkeypatch, ope
     text = str(caught[0].message)
     for part in (operation, "cuda", f"for {operation} today"):
         assert part in text
+
+
+def test_kernels_that_no_gpu_has_run_serve_by_name_alone(monkeypatch):
+    monkeypatch.setattr(_backend, "why_not", lambda backend, operation, *_: None)
+    with pytest.warns(RuntimeWarning, match="have not run on a GPU yet; backend='triton'"):
+        assert _backend.resolve("auto", "attend", CUDA) == "reference"
+    assert _backend.resolve("triton", "attend", CUDA) == "triton"
 
 
 def test_another_reason_is_another_warning(monkeypatch):

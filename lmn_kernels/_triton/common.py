@@ -24,13 +24,12 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Operand type of a product: that of the tensor, so that it reaches the tensor cores.
 
-    bfloat16 is computed in float32 where the hardware has no such products (below sm_80), and in the
-    interpreter, whose own bfloat16 arithmetic is wrong without a word: the tests there cover that path.
+    Below sm_80, where Triton has no tensor-core products, operands are float32; and so is bfloat16 in the
+    interpreter, whose own arithmetic in it is wrong without a word. The tests there cover that path.
     """
-    if tensor.dtype == torch.bfloat16:
-        if INTERPRETED or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0)):
-            return torch.float32
-    return tensor.dtype
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return torch.float32
+    return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
 def dot_precision() -> str:

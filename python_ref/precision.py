@@ -1,0 +1,15 @@
+"""Keeping autocast out of code that has chosen its dtypes."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A region in which nothing is cast; some devices (meta) have no autocast to leave."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
