@@ -23,7 +23,6 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-@torch.compiler.assume_constant_result
 def _triton_obstacle(index: int | None) -> str | None:
     """Why the Triton kernels cannot run on a CUDA device; None where they can."""
     if importlib.util.find_spec("triton") is None:
@@ -36,6 +35,10 @@ def _triton_obstacle(index: int | None) -> str | None:
     if capability < (7, 5):
         return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
     return None
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler, and Triton with it.
+_triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dtype, head_size: int = 1) -> str | None:

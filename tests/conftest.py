@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    # The C++ compilation of torch.compile imports it, and it refuses to follow the library's own distutils.
+    import setuptools  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

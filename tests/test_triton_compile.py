@@ -17,11 +17,13 @@ from lmn_kernels._triton.common import CompileCase  # noqa: E402
 
 
 def representatives(dtype: torch.dtype) -> list[CompileCase]:
-    """For every kernel, the default configuration of a middle size."""
+    """For every kernel, the default configuration of a middle size, for a plain summarizer (the shortest name)."""
     cases = [case for case in compile_kernels.cases() if case.default and case.dtype == dtype]
     cases.sort(key=lambda case: case.kernel.__name__)
     groups = [list(group) for _, group in groupby(cases, key=lambda case: case.kernel.__name__)]
-    return [group[len(group) // 2] for group in groups]
+    shortest = [min(len(case.name) for case in group) for group in groups]
+    plain = [[case for case in group if len(case.name) == n] for group, n in zip(groups, shortest, strict=True)]
+    return [group[len(group) // 2] for group in plain]
 
 
 HALF = representatives(torch.float16)
