@@ -47,7 +47,7 @@ class Row:
 
 
 def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
-    """Bytes that ``run`` keeps for backward: distinct storages, parameters aside."""
+    """Bytes that ``run`` keeps for backward: distinct storages, parameters aside (copies and views count)."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,18 +90,24 @@ def resolve(
         ValueError: no such backend.
         BackendError: the named backend cannot serve the call.
     """
-    backend = wanted(backend)
-    if backend != "auto":
-        reason = why_not(backend, operation, device, dtype, head_size)
-        if reason:
-            raise BackendError(f"backend={backend!r} cannot serve {operation} on {device.type}: {reason}")
-        return backend
-    chosen = preferred(operation, device)
-    reason = why_not(chosen, operation, device, dtype, head_size) or UNPROVEN.get(chosen)
+    asked = wanted(backend)
+    chosen, reason = choose(asked, operation, device, dtype, head_size)
     if reason is None:
         return chosen
+    if asked != "auto":
+        raise BackendError(f"backend={asked!r} cannot serve {operation} on {device.type}: {reason}")
     _warn_once(operation, device.type, reason)
     return "reference"
+
+
+def choose(
+    asked: str, operation: str, device: torch.device, dtype: torch.dtype, head_size: int = 1
+) -> tuple[str, str | None]:
+    """The backend that ``asked`` (of `wanted`) names for an operation, and why it may not serve; None where it may."""
+    if asked != "auto":
+        return asked, why_not(asked, operation, device, dtype, head_size)
+    chosen = preferred(operation, device)
+    return chosen, why_not(chosen, operation, device, dtype, head_size) or UNPROVEN.get(chosen)
 
 
 def _warn_once(operation: str, device_type: str, reason: str) -> None:

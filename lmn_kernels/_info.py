@@ -52,10 +52,7 @@ def _uses(operation: str, device: torch.device) -> str:
         asked = _backend.wanted("auto")
     except ValueError as error:
         return f"an error ({error})"
-    chosen = _backend.preferred(operation, device) if asked == "auto" else asked
-    reason = _backend.why_not(chosen, operation, device, torch.float32)
-    if asked == "auto":
-        reason = reason or _backend.UNPROVEN.get(chosen)
+    chosen, reason = _backend.choose(asked, operation, device, torch.float32)
     if reason is None:
         return chosen
     return f"reference ({reason})" if asked == "auto" else f"an error ({reason})"

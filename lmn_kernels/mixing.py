@@ -235,19 +235,21 @@ class LogarithmicMixing(nn.Module):
         return out, node_qv
 
     def _nodes(self, flat: Tensor, sequences: Sequences, token: Tensor | None, carried: Tensor | None) -> Tensor:
-        summarizer = self.summarizer
+        summarizer, named = self.summarizer, _backend.wanted(self.backend) not in ("auto", "reference")
         if isinstance(summarizer, LinearMapSummarizer):
             # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
-            if self.expander is None or flat.shape[0] > self.embedding:
+            # Kernels take the folded form alone.
+            if self.expander is None or named or flat.shape[0] > self.embedding:
                 merge = summarizer.merge()
                 if self.expander is not None:
                     merge = self.expander.fold(merge)
                 scale = None if merge.scale is None else under_autocast(merge.scale)
                 merge = LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
                 return build_tree(flat, merge, sequences, token=token, carried=carried, backend=self.backend)
-        elif self.backend not in ("auto", "reference"):
+        elif named:
             raise _backend.BackendError(
-                f"backend={self.backend!r} cannot serve build_tree: a callable summarizer runs on the reference alone"
+                f"backend={_backend.wanted(self.backend)!r} cannot serve build_tree: "
+                "a callable summarizer runs on the reference alone"
             )
         layout = self._layout(sequences, flat.device)
         return build_tree_with(self._merge, flat, self.bank, token, carried, layout)
@@ -397,7 +399,7 @@ class LogarithmicMixing(nn.Module):
 
     @property
     def ptr(self) -> int:
-        """Tokens that the layer's own memory has seen."""
+        """Tokens that the layer's own memory has seen; with ``lengths``, what a full row would have seen."""
         return 0 if self._stream is None else self._stream.max_position
 
     @property

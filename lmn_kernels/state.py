@@ -167,6 +167,7 @@ class MemoryState:
         """Whether a layer with these sizes can continue from this state.
 
         Raises:
+            TypeError: a tensor of the state has another kind of dtype.
             ValueError: the state belongs to another layer or batch, or is on another device.
         """
         if self.expand != expand:

@@ -276,3 +276,16 @@ def test_shapes_without_numbers():
         assert layer(fake, lengths=torch.tensor([9, 4])).shape == fake.shape
         _, state = layer.prefill(fake)
         assert layer.step(fake[:, :1], state)[0].shape == (2, 1, 8)
+
+
+@pytest.mark.parametrize("named_by", ["argument", "variable"])
+def test_a_named_backend_is_never_passed_over_for_a_short_expander_or_a_callable(monkeypatch, named_by):
+    """Below E tokens the expander is not folded, and a callable never is: both run without an operation."""
+    backend = "triton" if named_by == "argument" else "auto"
+    if named_by == "variable":
+        monkeypatch.setenv("LMN_KERNELS_BACKEND", "triton")
+    for options in ({"expand": 1}, {"summarizer": lambda left, right: left - right}):
+        layer = LogarithmicMixing(8, backend=backend, **options)
+        monkeypatch.setattr(lmn_kernels.mixing, "attend", lambda *_, **__: pytest.fail("the reference built the tree"))
+        with pytest.raises(BackendError, match="triton.*build_tree"):
+            layer(torch.randn(1, 4, 8))
