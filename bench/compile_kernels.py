@@ -1,6 +1,6 @@
 """Compile every Triton kernel × configuration × dtype for every architecture, without a GPU.
 
-    python -m bench.compile_kernels [--arch 80 90] [--dtype float16] [--only attend] [--out FILE]
+    python -m bench.compile_kernels [--arch 80 90] [--dtype float16] [--only attend] [--jobs 2] [--out FILE]
 
 Reports registers, spilled bytes and shared memory of each, and fails where a kernel does not compile,
 where no configuration of a kernel fits the shared memory of an architecture, or where a default
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -47,13 +48,15 @@ def measure(case: CompileCase, arch: int) -> dict[str, Any]:
         "kernel": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "arch": arch,
-        "config": {k: v for k, v in case.constexprs.items() if isinstance(v, int)} | {"warps": case.num_warps},
+        "config": {k: v for k, v in case.constexprs.items() if isinstance(v, int)} | case.options,
         "default": case.default,
     }
-    source = ASTSource(case.kernel, signature=_full_signature(case), constexprs=case.constexprs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    signature = _full_signature(case)
+    # As at a launch: what PyTorch allocates is aligned, and loads of it are vectors.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     except Exception as error:  # whatever a compiler throws is the finding
         return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -65,6 +68,11 @@ def measure(case: CompileCase, arch: int) -> dict[str, Any]:
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     spilled = found.get("LOCAL", 0) + found.get("STACK", 0)
     return row | {"registers": found.get("REG"), "spilled": spilled, "shared": compiled.metadata.shared}
+
+
+def _measure_numbered(wanted: tuple[int, int]) -> dict[str, Any]:
+    number, arch = wanted
+    return measure(cases()[number], arch)
 
 
 def _full_signature(case: CompileCase) -> dict[str, str]:
@@ -90,15 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="compute capabilities")
     parser.add_argument("--dtype", nargs="*", default=["float16", "bfloat16", "float32"])
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(argv)
     wanted = [
-        (case, arch)
-        for case in cases()
+        (number, arch)
+        for number, case in enumerate(cases())
         for arch in options.arch
         if str(case.dtype).removeprefix("torch.") in options.dtype and options.only in case.name
     ]
-    rows = [measure(case, arch) for case, arch in tqdm(wanted, desc="compile", disable=None)]
+    # Spawned: each process imports Triton itself. A case holds a kernel, which does not travel; its number does.
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        rows = list(tqdm(pool.imap(_measure_numbered, wanted), total=len(wanted), desc="compile", disable=None))
     print(f"{'kernel':28} {'dtype':9} {'arch':>5} {'registers':>9} {'spilled':>8} {'shared':>8}  configuration")
     for r in rows:
         config = " ".join(f"{k}={v}" for k, v in r["config"].items()) + (" (default)" if r["default"] else "")

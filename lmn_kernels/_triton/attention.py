@@ -36,30 +36,30 @@ class Config(NamedTuple):
 # (`bench.compile_kernels`); not yet tuned on a GPU. Float32 products are not tensor-core products, hold
 # their operands in registers, and want small tiles; wider heads than these go to the reference.
 FORWARD = {
-    16: Config(64, 32, 4, 2),
-    32: Config(64, 16, 4, 2),
-    64: Config(64, 32, 8, 2),
-    128: Config(32, 16, 8, 1),
-    256: Config(16, 16, 8, 1),
+    16: Config(64, 64, 4, 2),
+    32: Config(64, 32, 4, 2),
+    64: Config(64, 32, 4, 2),
+    128: Config(64, 64, 8, 1),
+    256: Config(64, 32, 8, 1),
 }
 BACKWARD = {
     16: Config(64, 32, 4, 2),
     32: Config(64, 32, 8, 2),
     64: Config(64, 32, 8, 2),
-    128: Config(32, 16, 8, 1),
-    256: Config(16, 16, 8, 1),
+    128: Config(64, 32, 8, 1),
+    256: Config(32, 16, 8, 1),
 }
 FORWARD_FLOAT32 = {
     16: Config(64, 32, 8, 1),
-    32: Config(32, 16, 4, 1),
-    64: Config(32, 16, 8, 1),
+    32: Config(32, 32, 4, 1),
+    64: Config(64, 16, 8, 1),
     128: Config(16, 16, 8, 1),
 }
 BACKWARD_FLOAT32 = {
-    16: Config(64, 32, 8, 1),
-    32: Config(32, 16, 4, 1),
-    64: Config(16, 16, 8, 1),
-    128: Config(16, 16, 8, 1),
+    16: Config(32, 16, 8, 1),
+    32: Config(32, 32, 8, 1),
+    64: Config(64, 16, 8, 1),
+    128: Config(32, 16, 8, 2),
 }
 REDUCE_TILES, REDUCE_COLUMNS = 32, 128
 
@@ -181,12 +181,10 @@ def compile_cases() -> Iterator[CompileCase]:
                     continue
                 config = default_config(table, head_size, dtype)
                 constants = _constants(config, head_size, 0, dtype)
-                del constants["num_warps"], constants["num_stages"]
-                yield CompileCase(
-                    f"{name} D={head_size}", kernel, signature, constants,
-                    config.num_warps, config.num_stages, dtype, True,
-                )  # fmt: skip
+                options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, options, dtype, True)
         signature = {"d_shared": wide, "d_node": data, "shared": "*i64"}
         signature |= dict.fromkeys(("rows", "banks", "shared_keys", "width"), "i32")
         constants = {"BR": REDUCE_TILES, "BC": REDUCE_COLUMNS}
-        yield CompileCase("attend_bwd_reduce", attend_bwd_reduce_kernel, signature, constants, 4, 2, dtype, True)
+        options = {"num_warps": 4, "num_stages": 2}
+        yield CompileCase("attend_bwd_reduce", attend_bwd_reduce_kernel, signature, constants, options, dtype, True)

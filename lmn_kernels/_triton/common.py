@@ -49,15 +49,15 @@ def next_power_of_2(value: int) -> int:
 class CompileCase(NamedTuple):
     """One kernel in one configuration and dtype, as an offline compiler needs it.
 
-    ``default`` marks what a call gets unless a configuration is forced.
+    ``options`` are Triton's (num_warps, num_stages, maxnreg); ``default`` marks what a call gets unless a
+    configuration is forced.
     """
 
     name: str
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     dtype: torch.dtype
     default: bool
 

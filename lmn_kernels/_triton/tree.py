@@ -110,7 +110,7 @@ class _Problem:
     def launch(self, kernel: Any, grid: int, tiling: Tiling, cooperative: bool = False, **arguments: Any) -> None:
         if grid == 0:
             return
-        options: dict[str, Any] = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+        options: dict[str, Any] = dict(tiling.options())
         if cooperative and not INTERPRETED:
             options["launch_cooperative_grid"] = True
         given = self.arguments | arguments

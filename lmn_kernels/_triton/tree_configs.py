@@ -23,6 +23,8 @@ class Tiling(NamedTuple):
     Attributes:
         few: levels of at most so many rows take the tiles ``few_rows × few_cols``; 0 for none.
         span: log2 of the nodes below a program's block, and ``levels``: how many it builds above them.
+        registers: what a thread may use; None leaves it to the assembler, which for some tilings spills a
+            few bytes to make room for one more program.
     """
 
     rows: int
@@ -36,6 +38,12 @@ class Tiling(NamedTuple):
     few_depth: int = 16
     span: int = 0
     levels: int = 0
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """How to compile, as Triton takes it."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found if self.registers is None else found | {"maxnreg": self.registers}
 
 
 # By E: up to 16, 32, 64, 128, beyond. Half precision first, then float32, whose IEEE products run
@@ -43,27 +51,33 @@ class Tiling(NamedTuple):
 _LEVEL = {
     16: (Tiling(128, 16, 16, 4, 2), Tiling(64, 16, 16, 4, 2)),
     32: (Tiling(128, 32, 32, 4, 2), Tiling(64, 32, 16, 4, 2)),
-    64: (Tiling(128, 64, 64, 8, 2), Tiling(32, 64, 16, 4, 2)),
+    64: (Tiling(128, 64, 64, 8, 2), Tiling(32, 64, 16, 4, 2, registers=224)),
     128: (Tiling(128, 128, 64, 8, 3), Tiling(32, 64, 16, 4, 2)),
     256: (Tiling(128, 128, 64, 8, 3), Tiling(32, 64, 16, 4, 2)),
 }
 _TAIL = {
     16: (Tiling(64, 16, 16, 4, 2, 64, 16, 16, 16), Tiling(32, 16, 16, 4, 2, 64, 16, 16, 16)),
     32: (Tiling(64, 32, 32, 4, 2, 64, 16, 32, 32), Tiling(32, 32, 16, 8, 2, 64, 16, 32, 16)),
-    64: (Tiling(64, 64, 64, 4, 2, 128, 16, 32, 64), Tiling(32, 32, 16, 8, 2, 64, 16, 32, 16)),
+    64: (
+        Tiling(64, 64, 64, 4, 2, 128, 16, 32, 64, registers=255),
+        Tiling(32, 32, 16, 8, 2, 64, 16, 32, 16, registers=192),
+    ),
     128: (Tiling(64, 64, 64, 4, 3, 128, 16, 32, 128), Tiling(32, 32, 32, 4, 2, 64, 16, 32, 32)),
     256: (Tiling(64, 64, 64, 4, 4, 128, 16, 32, 128), Tiling(32, 32, 32, 4, 2, 64, 16, 32, 32)),
 }
 _BLOCK = {
-    16: (Tiling(32, 16, 16, 2, 2, span=6, levels=6), Tiling(32, 16, 16, 2, 2, span=6, levels=6)),
-    32: (Tiling(32, 32, 32, 2, 2, span=6, levels=6), Tiling(32, 32, 16, 4, 2, span=6, levels=6)),
-    64: (Tiling(32, 64, 64, 4, 2, span=6, levels=6), Tiling(32, 64, 16, 8, 2, span=6, levels=6)),
+    16: (Tiling(32, 16, 16, 2, 2, span=6, levels=6), Tiling(32, 16, 16, 2, 2, span=6, levels=6, registers=128)),
+    32: (Tiling(32, 32, 32, 2, 2, span=6, levels=6), Tiling(32, 32, 16, 4, 2, span=6, levels=6, registers=128)),
+    64: (
+        Tiling(32, 64, 64, 4, 2, span=6, levels=6, registers=192),
+        Tiling(32, 64, 16, 8, 2, span=6, levels=6, registers=192),
+    ),
     128: (Tiling(64, 128, 64, 8, 2, span=7, levels=4), Tiling(32, 64, 16, 8, 2, span=6, levels=4)),
 }
 _WEIGHT = {
     16: (Tiling(16, 16, 128, 2, 2), Tiling(16, 16, 64, 4, 2)),
     32: (Tiling(32, 32, 128, 4, 2), Tiling(32, 32, 32, 4, 2)),
-    64: (Tiling(64, 64, 64, 4, 3), Tiling(64, 64, 16, 8, 2)),
+    64: (Tiling(64, 64, 64, 4, 3, registers=192), Tiling(64, 64, 16, 8, 2)),
     128: (Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 16, 8, 2)),
     256: (Tiling(128, 128, 64, 8, 3), Tiling(64, 64, 16, 8, 2)),
 }
@@ -143,7 +157,7 @@ def _case(kind: str, kernel: Any, size: int, variant: tuple[Any, ...], dtype: to
         if argument not in known
     }
     label = "_".join(part for part in (kernel.__name__, kind, name) if part)
-    return CompileCase(label, kernel, signature, known, tiling.warps, tiling.stages, dtype, True)
+    return CompileCase(label, kernel, signature, known, tiling.options(), dtype, True)
 
 
 def configs() -> dict[str, list[Tiling]]:
