@@ -34,8 +34,9 @@ SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 
 NO_SPILLS = (80, 90)
 
 
-def cases() -> list[CompileCase]:
-    return [*attention.compile_cases(), *tree.compile_cases()]
+def cases(arch: int) -> list[CompileCase]:
+    """What a GPU of compute capability ``arch`` may be given."""
+    return [*attention.compile_cases(arch), *tree.compile_cases(arch)]
 
 
 def _tool(name: str) -> str:
@@ -72,7 +73,7 @@ def measure(case: CompileCase, arch: int) -> dict[str, Any]:
 
 def _measure_numbered(wanted: tuple[int, int]) -> dict[str, Any]:
     number, arch = wanted
-    return measure(cases()[number], arch)
+    return measure(cases(arch)[number], arch)
 
 
 def _full_signature(case: CompileCase) -> dict[str, str]:
@@ -103,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     wanted = [
         (number, arch)
-        for number, case in enumerate(cases())
         for arch in options.arch
+        for number, case in enumerate(cases(arch))
         if str(case.dtype).removeprefix("torch.") in options.dtype and options.only in case.name
     ]
     # Spawned: each process imports Triton itself. A case holds a kernel, which does not travel; its number does.

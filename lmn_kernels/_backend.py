@@ -23,7 +23,7 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-def _triton_obstacle(index: int | None) -> str | None:
+def _triton_obstacle(index: int | None, dtype: torch.dtype, head_size: int) -> str | None:
     """Why the Triton kernels cannot run on a CUDA device; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install lmn-kernels[triton])"
@@ -34,6 +34,10 @@ def _triton_obstacle(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (7, 5):
         return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
+    # Below sm_80 every product is one of float32.
+    widest = 128 if dtype == torch.float32 or capability < (8, 0) else 256
+    if head_size > widest:
+        return f"the Triton kernels take heads of up to {widest} features in {dtype} on this device, not {head_size}"
     return None
 
 
@@ -50,10 +54,7 @@ def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dty
             return f"the Triton kernels need a CUDA device, not {device.type}"
         if dtype == torch.float64:
             return "the Triton kernels do not compute in float64"
-        widest = 128 if dtype == torch.float32 else 256
-        if head_size > widest:
-            return f"the Triton kernels take heads of up to {widest} features in {dtype}, not {head_size}"
-        return _triton_obstacle(device.index)
+        return _triton_obstacle(device.index, dtype, head_size)
     return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
 
 

@@ -16,9 +16,9 @@ from bench import compile_kernels  # noqa: E402
 from lmn_kernels._triton.common import CompileCase  # noqa: E402
 
 
-def representatives(dtype: torch.dtype) -> list[CompileCase]:
+def representatives(arch: int, dtype: torch.dtype) -> list[CompileCase]:
     """For every kernel, the default configuration of a middle size, for a plain summarizer (the shortest name)."""
-    cases = [case for case in compile_kernels.cases() if case.default and case.dtype == dtype]
+    cases = [case for case in compile_kernels.cases(arch) if case.default and case.dtype == dtype]
     cases.sort(key=lambda case: case.kernel.__name__)
     groups = [list(group) for _, group in groupby(cases, key=lambda case: case.kernel.__name__)]
     shortest = [min(len(case.name) for case in group) for group in groups]
@@ -26,16 +26,25 @@ def representatives(dtype: torch.dtype) -> list[CompileCase]:
     return [group[len(group) // 2] for group in plain]
 
 
-HALF = representatives(torch.float16)
+# float16, and at each end of the range of architectures also bfloat16.
+CHOSEN = [
+    (arch, case)
+    for arch in compile_kernels.SHARED_LIMIT
+    for dtype in ((torch.float16, torch.bfloat16) if arch in (75, 120) else (torch.float16,))
+    for case in representatives(arch, dtype)
+]
 
 
 def test_every_kernel_is_represented():
-    assert {case.kernel.__name__ for case in HALF} == {case.kernel.__name__ for case in compile_kernels.cases()}
+    for arch in compile_kernels.SHARED_LIMIT:
+        every = {case.kernel.__name__ for case in compile_kernels.cases(arch)}
+        assert {case.kernel.__name__ for chosen, case in CHOSEN if chosen == arch} == every
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90, 120])
-@pytest.mark.parametrize("case", HALF, ids=[case.name for case in HALF])
-def test_compiles_within_the_limits(case, arch):
+@pytest.mark.parametrize(
+    ("arch", "case"), CHOSEN, ids=[f"sm_{arch}-{case.name}-{str(case.dtype)[6:]}" for arch, case in CHOSEN]
+)
+def test_compiles_within_the_limits(arch, case):
     row = compile_kernels.measure(case, arch)
     assert not compile_kernels.faults([row])
     assert row["registers"] > 0

@@ -19,7 +19,16 @@ from torch import Tensor
 from python_ref.layout import Layout
 
 from .attention_kernels import SIZES, attend_bwd_kernel, attend_bwd_reduce_kernel, attend_fwd_kernel
-from .common import CompileCase, dot_precision, next_power_of_2, on_device, pointer, product_dtype, triton_dtype
+from .common import (
+    CompileCase,
+    dot_precision,
+    next_power_of_2,
+    on_device,
+    pointer,
+    product_dtype,
+    product_dtype_on,
+    triton_dtype,
+)
 from .tables import AttendTables, attend_tables
 
 
@@ -163,8 +172,8 @@ def attend_backward(
     return d_token, d_node
 
 
-def compile_cases() -> Iterator[CompileCase]:
-    """Every kernel, configuration and dtype of this file."""
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every kernel, configuration and dtype of this file, as a GPU of compute capability ``arch`` gets them."""
     tables = {"spans": "*i64", "level_row": "*i64", "tile": "*i64", "key": "*i32"}
     sizes = dict.fromkeys([*SIZES, "owned", "H"], "i32")
     wide = pointer(torch.float32)
@@ -177,10 +186,11 @@ def compile_cases() -> Iterator[CompileCase]:
                 ("attend_fwd", attend_fwd_kernel, "forward"),
                 ("attend_bwd", attend_bwd_kernel, "backward"),
             ):
-                if dtype == torch.float32 and head_size not in FORWARD_FLOAT32:
+                products = product_dtype_on(arch, dtype)
+                if products == torch.float32 and head_size not in FORWARD_FLOAT32:
                     continue
-                config = default_config(table, head_size, dtype)
-                constants = _constants(config, head_size, 0, dtype)
+                config = default_config(table, head_size, products)
+                constants = _constants(config, head_size, 0, products)
                 options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
                 yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, options, dtype, True)
         signature = {"d_shared": wide, "d_node": data, "shared": "*i64"}

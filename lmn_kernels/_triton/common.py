@@ -27,9 +27,15 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     Below sm_80, where Triton has no tensor-core products, operands are float32; and so is bfloat16 in the
     interpreter, whose own arithmetic in it is wrong without a word. The tests there cover that path.
     """
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return torch.float32
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return product_dtype_on(10 * major + minor, tensor.dtype)
     return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
+
+
+def product_dtype_on(arch: int, dtype: torch.dtype) -> torch.dtype:
+    """`product_dtype` of a GPU of compute capability ``arch`` (75, 80, …)."""
+    return torch.float32 if arch < 80 else dtype
 
 
 def dot_precision() -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import tree_kernels as kernels
-from .common import CompileCase, next_power_of_2, pointer, triton_dtype
+from .common import CompileCase, next_power_of_2, pointer, product_dtype_on, triton_dtype
 from .tree_tiles import EQUAL, PAIRED, TABLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,26 +129,32 @@ _LAUNCHES = (
 )
 
 
-def compile_cases() -> Iterator[CompileCase]:
-    """Every kernel × configuration × dtype for plain summarizers, and every other variant at E = 64."""
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every kernel × configuration × dtype for plain summarizers, and every other variant at E = 64.
+
+    As a GPU of compute capability ``arch`` gets them.
+    """
     for kind, kernel in _LAUNCHES:
         for size in _TABLES[kind]:
             for variant in _VARIANTS if size == 64 else _VARIANTS[:1]:
                 for dtype in DTYPES:
-                    case = _case(kind, kernel, 1024 if size == 256 else size, variant, dtype)
+                    case = _case(kind, kernel, 1024 if size == 256 else size, variant, dtype, arch)
                     if case is not None:
                         yield case
 
 
-def _case(kind: str, kernel: Any, size: int, variant: tuple[Any, ...], dtype: torch.dtype) -> CompileCase | None:
+def _case(
+    kind: str, kernel: Any, size: int, variant: tuple[Any, ...], dtype: torch.dtype, arch: int
+) -> CompileCase | None:
     name, alone, taps, scale, token, children = variant
+    products = product_dtype_on(arch, dtype)
     constants: dict[str, Any] = {"E": size, "C": size if alone else 2 * size, "TAPS": taps, "HAS_SCALE": scale}
-    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, "DOT": triton_dtype(dtype), "PRECISION": "ieee"}
+    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, "DOT": triton_dtype(products), "PRECISION": "ieee"}
     known = {key: value for key, value in constants.items() if key in kernel.arg_names}
     # A kernel without the argument that makes a variant has no such variant.
     if (scale and "HAS_SCALE" not in known) or (token and "HAS_TOKEN" not in known):
         return None
-    tiling = config(kind, size, dtype, sums=2 if scale and "p_total" in kernel.arg_names else 1)
+    tiling = config(kind, size, products, sums=2 if scale and "p_total" in kernel.arg_names else 1)
     known |= tiling_arguments(kernel, tiling)
     special = {"p_table": "*i64", "p_counter": "*i32", "p_partial": "*fp32"}
     signature = {
