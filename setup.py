@@ -1,10 +1,159 @@
-"""The build; whatever can be declared is in pyproject.toml.
+"""The build: what can be declared is in pyproject.toml, this decides what of csrc/ is compiled.
 
-There is no C++ source yet, so every machine gets the same pure-Python wheel. Once csrc/ has sources,
-this file alone decides whether they are compiled: only where torch and a compiler are already there, and
-with a pure wheel as the answer everywhere else. Building uses no network and never asks for torch.
+Without torch or a compiler at hand the answer is a pure-Python wheel and one sentence that says why; with
+``LMN_KERNELS_BUILD=1`` that sentence is an error, with ``LMN_KERNELS_BUILD=0`` nothing is compiled. A
+compiler that fails is always an error. Building uses no network and never asks for torch.
+
+The environment that it reads: LMN_KERNELS_BUILD (auto, 0, 1), LMN_KERNELS_CUDA (auto, 0, 1), CXX, CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, LMN_KERNELS_CFLAGS (more flags for the C++ compiler, such as sanitizers).
 """
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).resolve().parent
+CPU_SOURCES = ("csrc/register.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
+CUDA_SOURCES = ("csrc/cuda/step.cu",)
+DEFAULT_ARCHS = "7.5;8.0;9.0;12.0+PTX"
+BYTES_PER_JOB = 2 << 30
+
+
+class NotBuilt(Exception):
+    """Why something is not compiled, in one sentence."""
+
+
+def setting(name: str) -> str:
+    value = os.environ.get(name) or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name}: expected auto, 0 or 1, got {value!r}")
+    return value
+
+
+def cpu_compiler() -> str:
+    """The C++ compiler.
+
+    Raises:
+        NotBuilt: there is no torch to build for, or no compiler.
+    """
+    try:
+        import torch  # noqa: F401
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        way = "pip install --no-build-isolation . lets the build see it"
+        raise NotBuilt(f"torch cannot be imported ({error}); {way}") from None
+    wanted = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    found = shutil.which(wanted[0]) or (None if "CXX" in os.environ else shutil.which("g++") or shutil.which("clang++"))
+    if found is None:
+        raise NotBuilt(f"there is no C++ compiler ({wanted[0]}); install one or set CXX")
+    return found
+
+
+def cuda_home() -> Path:
+    """The CUDA toolkit that matches torch.
+
+    Raises:
+        NotBuilt: there is none, or it does not match.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.hip is not None:
+        raise NotBuilt("this torch is built for ROCm")
+    if torch.version.cuda is None:
+        raise NotBuilt("this torch is built without CUDA")
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (Path(home) / "bin" / "nvcc").exists():
+        raise NotBuilt(f"nvcc is not found (torch has CUDA {torch.version.cuda}); set CUDA_HOME to a toolkit")
+    if not (Path(home) / "include" / "cuda_runtime.h").exists():
+        raise NotBuilt(f"{home} has nvcc but no cuda_runtime.h; set CUDA_HOME to a whole toolkit")
+    printed = subprocess.run([str(Path(home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        got = "an unknown version" if release is None else f"{release[1]}.{release[2]}"
+        raise NotBuilt(f"nvcc is of CUDA {got}, and torch of CUDA {torch.version.cuda}")
+    return Path(home)
+
+
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST as it is, or our own list: torch would ask a GPU, and there may be none."""
+    return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+
+
+def limit_jobs() -> None:
+    """MAX_JOBS from free memory and processors, where it is not set."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        free = 4 * BYTES_PER_JOB
+    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, free // BYTES_PER_JOB))))
+
+
+def version() -> str:
+    found = re.search(r'"(.+)"', (ROOT / "lmn_kernels" / "_version.py").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
+def extension():
+    """The extension module, with its CUDA half where that can be built."""
+    import torch
+    from torch.utils import cpp_extension
+
+    try:
+        if setting("LMN_KERNELS_CUDA") == "0":
+            raise NotBuilt("LMN_KERNELS_CUDA=0")
+        cuda_home()
+        cuda, archs = torch.version.cuda, architectures()
+    except NotBuilt as reason:
+        if setting("LMN_KERNELS_CUDA") == "1":
+            raise
+        print(f"lmn_kernels: the CUDA half is not built: {reason}", file=sys.stderr)
+        cuda, archs = "none", "none"
+    baked = {"VERSION": version(), "TORCH": torch.__version__, "CUDA_VERSION": cuda, "ARCHS": archs}
+    flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-fno-math-errno"]
+    if os.name == "nt":
+        flags = ["/O2", "/openmp"]
+    elif sys.platform != "darwin":
+        flags.append("-fopenmp")  # its symbols are those of the runtime that torch has loaded
+    flags += shlex.split(os.environ.get("LMN_KERNELS_CFLAGS", ""))
+    make = cpp_extension.CppExtension if cuda == "none" else cpp_extension.CUDAExtension
+    return make(
+        "lmn_kernels._C",
+        [*CPU_SOURCES, *(() if cuda == "none" else CUDA_SOURCES)],
+        define_macros=[(f"LMN_{name}", value) for name, value in baked.items()]
+        + ([] if cuda == "none" else [("LMN_CUDA", None)]),
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--resource-usage", "-Xcompiler", "-Wall"]},
+        extra_link_args=[f for f in flags if f.startswith("-fsanitize")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+    )
+
+
+def plan() -> dict:
+    """Arguments of setup: the extension, or nothing and the reason."""
+    wanted = setting("LMN_KERNELS_BUILD")
+    if wanted == "0":
+        return {}
+    try:
+        cpu_compiler()
+        limit_jobs()
+        module = extension()
+    except NotBuilt as reason:
+        if wanted == "1":
+            raise SystemExit(f"lmn_kernels: the extension cannot be built: {reason}") from None
+        print(f"lmn_kernels: a pure-Python build: {reason}", file=sys.stderr)
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**plan())

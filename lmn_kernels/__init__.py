@@ -10,6 +10,7 @@ from ._backend import BackendError
 from ._info import info
 from ._version import __version__
 from .block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
+from .decoding import StepWeights, decode_, update_
 from .functional import attend, build_tree
 from .mixing import LogarithmicMixing
 from .sequences import Sequences
@@ -26,10 +27,13 @@ __all__ = [
     "LogarithmicMixing",
     "MemoryState",
     "Sequences",
+    "StepWeights",
     "__version__",
     "attend",
     "build_tree",
+    "decode_",
     "info",
     "load_states",
     "save_states",
+    "update_",
 ]

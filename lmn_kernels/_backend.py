@@ -7,14 +7,17 @@ import warnings
 
 import torch
 
-from . import _env
+from . import _env, _extension
 
 OPERATIONS = ("build_tree", "attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
-# Backends that serve only who asks for them by name. Triton's kernels were compiled and interpreted, but
-# have not run on a GPU: to be taken out with the first green result of `bench.gpu_check`.
-UNPROVEN = {"triton": "the Triton kernels have not run on a GPU yet; backend='triton' takes them all the same"}
+# Backends that serve a type of device only who asks for them by name: these kernels were compiled, but have
+# not run on a GPU. To be taken out with the first green result of `bench.gpu_check`.
+UNPROVEN = {
+    ("triton", "cuda"): "the Triton kernels have not run on a GPU yet; backend='triton' takes them all the same",
+    ("cpp", "cuda"): "the CUDA half of the extension has not run on a GPU yet; the backend 'cpp' takes it all the same",
+}
 
 _warned: set[tuple[str, str, str]] = set()
 
@@ -55,14 +58,21 @@ def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dty
         if dtype == torch.float64:
             return "the Triton kernels do not compute in float64"
         return _triton_obstacle(device.index, dtype, head_size)
+    if backend == "cpp" and operation == "step":
+        if device.type not in ("cpu", "cuda"):
+            return f"the extension serves CPU and CUDA devices, not {device.type}"
+        half = (torch.float16,) if device.type == "cuda" else ()
+        if dtype not in (torch.float32, torch.bfloat16, *half):
+            return f"the extension does not compute in {dtype}"
+        return _extension.obstacle(device.type)
     return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
 
 
 def preferred(operation: str, device: torch.device) -> str:
     """The backend made for an operation on a device; the reference itself where there is no faster one."""
-    if device.type == "cuda":
-        return "cpp" if operation == "step" else "triton"
-    return "reference"
+    if operation == "step":
+        return "cpp" if device.type in ("cpu", "cuda") else "reference"
+    return "triton" if device.type == "cuda" else "reference"
 
 
 def check_name(backend: str, name: str = "backend") -> None:
@@ -107,8 +117,10 @@ def choose(
     """The backend that ``asked`` (of `wanted`) names for an operation, and why it may not serve; None where it may."""
     if asked != "auto":
         return asked, why_not(asked, operation, device, dtype, head_size)
+    if dtype == torch.float64:
+        return "reference", None  # no kernel computes in it, and none is missed
     chosen = preferred(operation, device)
-    return chosen, why_not(chosen, operation, device, dtype, head_size) or UNPROVEN.get(chosen)
+    return chosen, why_not(chosen, operation, device, dtype, head_size) or UNPROVEN.get((chosen, device.type))
 
 
 def _warn_once(operation: str, device_type: str, reason: str) -> None:

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import _backend, _env
+from . import _backend, _env, _extension
 from ._version import __version__
 
 
@@ -37,13 +37,21 @@ def info() -> str:
     lines = [
         f"lmn_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__} "
         f"(CUDA {torch.version.cuda or 'none'}), Triton {_installed('triton')}",
-        "C++/CUDA extension: not part of this version",
+        f"C++/CUDA extension: {_extension_line()}",
         f"{_env.BACKEND}={_env.backend()}",
     ]
     for kind, description in _devices():
         lines.append(f"{kind}: {description}")
         lines += [f"  {operation}: {_uses(operation, torch.device(kind))}" for operation in _backend.OPERATIONS]
     return "\n".join(lines)
+
+
+def _extension_line() -> str:
+    build, reason = _extension.load()
+    if reason is not None:
+        return reason
+    cuda = "CPU alone" if build["cuda"] == "none" else f"CPU and CUDA {build['cuda']} for {build['archs']}"
+    return f"built for torch {build['torch']}, {cuda}"
 
 
 def _uses(operation: str, device: torch.device) -> str:

@@ -1,8 +1,9 @@
 """The only file that registers operations: schemas, implementations, shape rules, gradients.
 
-Each operation takes the name of a resolved backend and calls that backend's function, so that what runs
-is what `_backend.resolve` said. Gradients are operations too; they can be differentiated again on the
-reference, and raise elsewhere.
+An operation of the parallel form takes the name of a resolved backend and calls that backend's function, so
+that what runs is what `_backend.resolve` said. Gradients are operations too; they can be differentiated again
+on the reference, and raise elsewhere. Those of the sequential form are the reference here; the extension
+(csrc/register.cpp) takes their place on the CPU and on CUDA once it is loaded, which `decoding` asks for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from python_ref import attention as ref_attention
+from python_ref import step as ref_step
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout, make_layout, node_rows
 from python_ref.precision import no_autocast
@@ -37,6 +39,16 @@ _LIBRARY.define(f"attend(Tensor token_qkv, Tensor node_qv, int heads, {_WHERE}) 
 _LIBRARY.define(
     f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor out, Tensor lse, int heads, {_WHERE}) "
     "-> (Tensor, Tensor)"
+)
+
+# One token or several of each row into a pool of states (python_ref.step). No gradients.
+_STEP = "Tensor[] weights, str summarizer, int heads, int expand"
+_SLOTS = "Tensor(a!) position, Tensor(b!) token, Tensor(c!) nodes, Tensor(d!) q, Tensor(e!) v"
+_LIBRARY.define(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_STEP}) -> ()")
+_LIBRARY.define(f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_STEP}) -> Tensor")
+_LIBRARY.define(
+    f"step(Tensor x, Tensor position, Tensor token, Tensor nodes, Tensor q, Tensor v, {_STEP}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -90,6 +102,28 @@ def _attend_backward(grad, token_qkv, node_qv, out, lse, heads, *where):
     return _module("attention", where[-1]).attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
 
 
+def _update_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand):
+    _refuse_gradients(x, token, nodes, q, v, *weights)
+    state = ref_step.Slots(position, token, nodes, q, v)
+    ref_step.run_(x, slots, state, weights, summarizer, heads, expand, attends=False)
+
+
+def _decode_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand):
+    _refuse_gradients(x, token, nodes, q, v, *weights)
+    state = ref_step.Slots(position, token, nodes, q, v)
+    return ref_step.run_(x, slots, state, weights, summarizer, heads, expand, attends=True)
+
+
+def _step(x, position, token, nodes, q, v, *rest):
+    state = [part.clone(memory_format=torch.contiguous_format) for part in (position, token, nodes, q, v)]
+    return (_decode_(x, None, *state, *rest), *state)
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("the step's operations record no gradients: call them under torch.no_grad()")
+
+
 def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An operation computes in the dtypes it is given: what autocast casts is cast before (`under_autocast`)."""
 
@@ -120,16 +154,35 @@ def _attend_backward_fake(grad, token_qkv, node_qv, out, lse, heads, *where):
     return token_qkv.new_empty(token_qkv.shape), node_qv.new_empty(node_qv.shape)
 
 
+def _update_fake(x, *rest):
+    return None
+
+
+def _decode_fake(x, *rest):
+    return x.new_empty(x.shape)
+
+
+def _step_fake(x, position, token, nodes, q, v, *rest):
+    return tuple(part.new_empty(part.shape) for part in (x, position, token, nodes, q, v))
+
+
 for _name, _implementation, _fake in (
     ("build_tree", _build_tree, _build_tree_fake),
     ("build_tree_backward", _build_tree_backward, _build_tree_backward_fake),
     ("attend", _attend, _attend_fake),
     ("attend_backward", _attend_backward, _attend_backward_fake),
+    ("update_", _update_, _update_fake),
+    ("decode_", _decode_, _decode_fake),
+    ("step", _step, _step_fake),
 ):
     _LIBRARY.impl(_name, _outside_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lmn_kernels::{_name}", _fake, lib=_LIBRARY)
 
 _OPS = torch.ops.lmn_kernels
+# By name, also where the extension has taken the reference's place.
+STEP_REFERENCE = {
+    name: _outside_autocast(run) for name, run in (("update_", _update_), ("decode_", _decode_), ("step", _step))
+}
 _NO_WHERE = (None,) * 6
 
 

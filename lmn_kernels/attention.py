@@ -41,6 +41,11 @@ class SingleVectorAttention(nn.Module):
         """q and v of nodes by one product: ``[..., E]`` → ``[..., 2E]``."""
         return self._project(nodes, self.q, self.v)
 
+    def step_tensors(self) -> tuple[Tensor, ...]:
+        """Weight and bias of q, k, v and out_proj."""
+        layers = (self.q, self.k, self.v, self.out_proj)
+        return tuple(tensor for layer in layers for tensor in (layer.weight, layer.bias))
+
     @staticmethod
     def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
         return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))

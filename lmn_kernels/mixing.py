@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,9 @@ from python_ref.tree import LinearMerge, build_tree_with
 
 from . import _backend
 from ._checks import check_device, check_float, check_positive, check_shape, check_tensor, concrete
+from ._library import _OPS
 from .attention import SingleVectorAttention
+from .decoding import StepWeights, decode_
 from .functional import attend, autocasts, build_tree, under_autocast
 from .sequences import Sequences
 from .state import MemoryState
@@ -41,7 +42,9 @@ class LogarithmicMixing(nn.Module):
             finite and differentiable at zero (places without a node hold zeros).
         expand: k of the expander, or None without one.
         init: ``"original"``, or ``"variance_preserving"``: a node varies as much as its children.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.
+        backend: of the parallel form: ``"auto"``, ``"reference"`` or ``"triton"``.
+        step_backend: of the sequential form: ``"auto"``, ``"reference"`` or ``"cpp"``; where None the
+            reference if ``backend`` is the reference, else ``"auto"``.
         lean: keep only tokens and nodes for backward, and project and attend again there: about half the
             memory for a fifth to a third more arithmetic.
 
@@ -65,6 +68,7 @@ class LogarithmicMixing(nn.Module):
         expand: int | None = None,
         init: str = "original",
         backend: str = "auto",
+        step_backend: str | None = None,
         lean: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,6 +82,8 @@ class LogarithmicMixing(nn.Module):
         self.bank = bank
         self.parallelize = parallelize
         self.backend = backend
+        self.step_backend = step_backend or ("reference" if backend == "reference" else "auto")
+        _backend.check_name(self.step_backend, "step_backend")
         self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
@@ -285,7 +291,7 @@ class LogarithmicMixing(nn.Module):
 
         def pick(table: Tensor) -> Tensor:
             rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
-            return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0)
+            return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0).contiguous()
 
         newest, (q, v) = pick(nodes), (pick(half) for half in node_qv.chunk(2, -1))
         token_row, token_exists = layout.newest_token()
@@ -346,50 +352,86 @@ class LogarithmicMixing(nn.Module):
         self._check_input(x_t)
         check_shape("x_t", x_t, (None, 1, self.embedding), "[batch, 1, embedding]")
         fitted = self._fit(state, x_t.shape[0], 1, x_t.device)
-        _backend.resolve(self.backend, "step", x_t.device)
-        y, new_state = self._layer(x_t, lambda h: self._step(h, fitted))
+        mix = self._step if self._step_served_by(x_t) == "reference" else self._step_compiled
+        y, new_state = self._layer(x_t, lambda h: mix(h, fitted))
         assert new_state is not None
         return y, new_state
+
+    def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None = None) -> Tensor:
+        """T tokens a row, ``x [B, T, E]`` → ``y [B, T, E]``, into a pool of states, in place; for serving.
+
+        No gradients are recorded. Positions are read on their device alone, so that a step can be captured
+        in a CUDA graph and replayed.
+
+        Args:
+            x: the tokens.
+            state: P slots with room for them: ``init_state(P, max_position=…)``.
+            slots: ``[B]`` int32 or int64: the slot of each row, distinct, or -1 for a row that takes no part;
+                None for row b in slot b.
+
+        Returns:
+            ``y``; 0 for rows whose slot is -1.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: a row has no room for its tokens (CUDA: its output is NaN instead).
+        """
+        self._check_input(x)
+        weights, backend = self.step_weights(), self.step_backend
+        if autocasts(x.device.type):
+            raise RuntimeError("step_: expected no torch.autocast region; cast the layer and x instead")
+        with torch.no_grad():
+            y, _ = self._layer(x, lambda h: (decode_(h, state, weights, slots=slots, backend=backend), None))
+            return y if slots is None else y.masked_fill((slots < 0)[:, None, None], 0)
+
+    def step_weights(self) -> StepWeights:
+        """The layer as `decode_` and `update_` take it: its own parameters, nothing copied.
+
+        Raises:
+            TypeError: the summarizer is a callable of the user's, which has no weights.
+        """
+        if not isinstance(self.summarizer, LinearMapSummarizer):
+            raise TypeError("summarizer: expected a linear one, got a callable, which runs on the reference alone")
+        kind, merge = self.summarizer.step_form()
+        tensors = (*self.sva.step_tensors(), *merge)
+        if self.expander is not None:
+            tensors = (*tensors, *self.expander.step_tensors())
+        return StepWeights(tensors, kind, self.heads, self.expand)
+
+    def _step_served_by(self, x_t: Tensor) -> str:
+        """The backend of a step, which records gradients, casts, or calls a callable on the reference alone."""
+        asked = _backend.wanted(self.step_backend)
+        recorded = torch.is_grad_enabled() and (x_t.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if recorded or autocasts(x_t.device.type) or not isinstance(self.summarizer, LinearMapSummarizer):
+            if asked == "cpp":
+                raise _backend.BackendError(
+                    "backend='cpp' cannot serve step: gradients are recorded, torch.autocast is active, "
+                    "or the summarizer is a callable"
+                )
+            return "reference"
+        return _backend.resolve(self.step_backend, "step", x_t.device, x_t.dtype)
+
+    def _step_compiled(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        tensors, *rest = self.step_weights()
+        y, position, token, nodes, q, v = _OPS.step.default(
+            x_t, state.position, state.token, state.nodes, state.q, state.v, list(tensors), *rest
+        )
+        return y, MemoryState(position, token, nodes, q, v, state.expand, state.levels, state.max_position + 1)
 
     def _step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         x = under_autocast(x_t[:, 0])
         state = self._advance(x, state)
-        q, k, v = self.sva.token_qkv(x).chunk(3, -1)
-        valid = torch.nn.functional.pad(state.valid().repeat_interleave(self.bank, 1), (1, 0), value=True)
-        q, v = (
-            torch.cat([own[:, None].to(old.dtype), old.flatten(1, 2)], 1)
-            for own, old in ((q, state.q), (v, state.v))
-        )
-        y = self.sva.out_proj(ref_step.attend_slots(k, q, v, valid, self.heads))
-        return y[:, None], state
+        mixed = ref_step.attend_state(self.sva.token_qkv(x), state.slots(), self.heads, state.levels, self.expand)
+        return self.sva.out_proj(mixed)[:, None], state
 
     def _advance(self, x: Tensor, state: MemoryState) -> MemoryState:
         """The state after the tokens ``x [B, E]``, which has room for them."""
-        position = state.position + 1
-        chain = state.levels
+        position, chain = state.position + 1, state.levels
         if concrete(position):
             lowest = position & -position
             chain = int(lowest.max()).bit_length() - 1 if lowest.numel() else 0
-        old = state.nodes.to(x.dtype)
-        levels = ref_step.update(x, position, state.token.to(x.dtype), old, self._merge, self.expand, chain)
-        # A state shares no storage with what it came from: `restore` may write into it.
-        token = x.to(state.token.dtype, copy=True)
-        advanced = replace(state, position=position, token=token, max_position=state.max_position + 1)
-        if not levels:
-            return replace(advanced, nodes=state.nodes.clone(), q=state.q.clone(), v=state.v.clone())
-        count = state_rows(chain, self.expand)
-        fresh = torch.cat([stack for _, stack in levels], 1)
-        height = [stack_height(level, self.expand) for level in range(1, chain + 1)]
-        changed = torch.cat([flag[:, None].expand(-1, h) for (flag, _), h in zip(levels, height, strict=True)], 1)
-        new_q, new_v = self.sva.node_qv(fresh).chunk(2, -1)
-
-        def merge(new: Tensor, kept: Tensor) -> Tensor:
-            new = torch.where(changed[..., None, None], new.to(kept.dtype), kept[:, :count])
-            return torch.cat([new, kept[:, count:]], 1)
-
-        return replace(
-            advanced, nodes=merge(fresh, state.nodes), q=merge(new_q, state.q), v=merge(new_v, state.v)
-        )
+        new = ref_step.advance(x, state.slots(), self._merge, self.sva.node_qv, self.expand, chain)
+        return MemoryState(*new, state.expand, state.levels, state.max_position + 1)
 
     # The original's face
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from python_ref.layout import constant, level_count, stack_height, state_rows
+from python_ref.layout import level_count, state_rows
+from python_ref.step import Slots, valid_rows
 
 from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 
@@ -26,7 +27,8 @@ class MemoryState:
     """What a layer remembers of B sequences, each at its own position (specification, section 3).
 
     Layers never change a state: they return a new one that shares no storage with it, and gradients flow
-    through both. Only `restore` writes in place; `detach`, and `to` where it changes nothing, share storage.
+    through both. Only `restore` and what is named with an underscore behind it (``step_``, ``decode_``,
+    ``update_``) write in place; `detach`, and `to` where it changes nothing, share storage.
     A state belongs to the parameters that made it: q and v are not projected again when those change.
 
     Attributes:
@@ -80,11 +82,14 @@ class MemoryState:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    @property
+    def capacity(self) -> int:
+        """The last position that there is room for."""
+        return min((2 << self.levels) - 1, MAX_POSITION)
+
     def valid(self) -> Tensor:
         """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
-        levels = [i for i in range(1, self.levels + 1) for _ in range(stack_height(i, self.expand))]
-        level = constant(tuple(levels), self.position.device)
-        return (self.position[:, None] >> level) > 0
+        return valid_rows(self.position, self.levels, self.expand)
 
     def with_room(self, max_position: int) -> MemoryState:
         """The same memory with room for all levels below ``max_position``.
@@ -140,11 +145,21 @@ class MemoryState:
         """A detached copy, to `restore` from."""
         return self.detach().clone()
 
-    def restore(self, snapshot: MemoryState) -> MemoryState:
+    def note_tokens(self, tokens: int) -> None:
+        """Raise ``max_position`` after an operation that took tokens in place; `capacity` bounds it in any case."""
+        object.__setattr__(self, "max_position", min(self.max_position + tokens, self.capacity))
+
+    def restore(self, snapshot: MemoryState, rows: Tensor | None = None) -> MemoryState:
         """Write a snapshot into this state's own tensors, whose addresses stay, and return the state.
 
+        Args:
+            snapshot: of as many rows as are written.
+            rows: ``[B']`` int32 or int64, distinct: which rows of this state to write, for slots of a pool;
+                all where None.
+
         Raises:
-            ValueError: the snapshot is of another shape, or deeper than this state has room for.
+            TypeError, ValueError: the snapshot or ``rows`` does not fit, or the snapshot is deeper than this
+                state has room for.
             RuntimeError: this state is part of a graph; detach it first.
         """
         if any(tensor.requires_grad for tensor in self._tensors()):
@@ -155,13 +170,25 @@ class MemoryState:
             raise ValueError(f"snapshot: expected expand={self.expand}, got {snapshot.expand}")
         if snapshot.levels < self.levels:
             snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
+        count = self.batch_size
+        if rows is not None:
+            check_tensor("rows", rows)
+            check_ids("rows", rows, tuple(rows.shape[:1]), 0, self.batch_size - 1)
+            check_device("rows", rows, self.position.device)
+            count = len(rows)
         for name, own, kept in zip(_TENSORS, self._tensors(), snapshot._tensors(), strict=True):
-            check_shape(f"snapshot.{name}", kept, tuple(own.shape))
+            check_shape(f"snapshot.{name}", kept, (count, *own.shape[1:]))
             check_device(f"snapshot.{name}", kept, own.device)
         with torch.no_grad():
             for own, kept in zip(self._tensors(), snapshot._tensors(), strict=True):
-                own.copy_(kept)
-        return replace(self, max_position=snapshot.max_position)
+                if rows is None:
+                    own.copy_(kept)
+                else:
+                    own.index_copy_(0, rows.long(), kept.to(own.dtype))
+        if rows is None:
+            return replace(self, max_position=snapshot.max_position)
+        object.__setattr__(self, "max_position", max(self.max_position, snapshot.max_position))
+        return self
 
     def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
         """Whether a layer with these sizes can continue from this state.
@@ -188,8 +215,12 @@ class MemoryState:
             )
         check_device("state", self.nodes, device)
 
+    def slots(self) -> Slots:
+        """The tensors, as the reference takes them."""
+        return Slots(self.position, self.token, self.nodes, self.q, self.v)
+
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.position, self.token, self.nodes, self.q, self.v
+        return self.slots()
 
     def _map(self, function) -> MemoryState:
         return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})

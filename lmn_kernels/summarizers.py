@@ -8,13 +8,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from python_ref.tree import LinearMerge, merge_stacks
+from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
 INITS = ("original", "variance_preserving")
 
 
 class LinearMapSummarizer(nn.Module):
     """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight, bias, and a scale.
+
+        What a subclass does not give from its parameters as they lie is copied for every step.
+        """
+        weight, bias, scale = self.merge()
+        if scale is None:
+            return "linear", (weight[:, 0], bias)
+        return "separable", (weight[:, 0], bias, scale)
 
     def merge(self) -> LinearMerge:
         """The map as the operations take it."""
@@ -53,6 +63,9 @@ class Summarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
 
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        return "linear", (self.weight, self.bias)
+
 
 class ConvSummarizer(LinearMapSummarizer):
     """``Conv1d(m·E, m·E, kernel 2, stride 2, groups)`` over the pair (section 6).
@@ -74,6 +87,9 @@ class ConvSummarizer(LinearMapSummarizer):
         # [G·C_out, C_in, 2] → [G, 2·C_in, C_out]: the left node's features first.
         weight = self.conv.weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
         return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        return "pair", (self.conv.weight, self.conv.bias)  # type: ignore[return-value]
 
 
 class DepthwiseSeparableSummarizer(LinearMapSummarizer):
@@ -109,6 +125,9 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias, self.scale)
 
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        return "separable", (self.weight, self.bias, self.scale)
+
 
 class Expander(nn.Module):
     """One ``ConvTranspose1d(E, E, 1+k)`` along the stack of a node, before it merges (section 6)."""
@@ -127,11 +146,11 @@ class Expander(nn.Module):
 
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
-        # As a matrix product: a convolution would be rounded to TF32 on a GPU by its own, other switch.
-        kernel, bias, k = self.conv_transpose.weight, self.conv_transpose.bias, self.expand
-        taps = torch.einsum("phmi,iok->kphmo", stack, kernel)
-        shifted = [torch.nn.functional.pad(tap, (0, 0, 0, 0, i, k - i)) for i, tap in enumerate(taps)]
-        return torch.stack(shifted).sum(0) + bias  # type: ignore[operator]
+        return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
+
+    def step_tensors(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution."""
+        return self.conv_transpose.weight, self.conv_transpose.bias  # type: ignore[return-value]
 
     def fold(self, merge: LinearMerge) -> LinearMerge:
         """This expander followed by a linear summarizer, as one linear map of two stacks."""

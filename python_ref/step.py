@@ -8,13 +8,34 @@ new token, level i is summarised again iff bit i of ``(n-1) XOR n`` is set, that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .layout import stack_height
+from .layout import constant, stack_height, state_rows
 from .precision import no_autocast
+from .tree import LinearMerge, expand_stack, merge_stacks
+
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+class Slots(NamedTuple):
+    """The tensors of a state: ``position [B]`` int64, ``token [B, E]``, ``nodes, q, v [B, R, m, E]``."""
+
+    position: Tensor
+    token: Tensor
+    nodes: Tensor
+    q: Tensor
+    v: Tensor
+
+
+def valid_rows(position: Tensor, levels: int, expand: int) -> Tensor:
+    """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
+    level = [i for i in range(1, levels + 1) for _ in range(stack_height(i, expand))]
+    return (position[:, None] >> constant(tuple(level), position.device)) > 0
 
 
 def update(
@@ -22,7 +43,7 @@ def update(
     position: Tensor,
     token: Tensor,
     nodes: Tensor,
-    merge: Callable[[Tensor, Tensor], Tensor],
+    merge: Merge,
     expand: int,
     chain: int,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -54,6 +75,33 @@ def update(
     return levels
 
 
+def advance(
+    x: Tensor, old: Slots, merge: Merge, project: Callable[[Tensor], Tensor], expand: int, chain: int
+) -> Slots:
+    """The state after the tokens ``x [B, E]``; it shares no storage with the old one.
+
+    Args:
+        merge, expand, chain: those of `update`.
+        project: nodes ``[…, E]`` → their q and v ``[…, 2E]``.
+    """
+    position = old.position + 1
+    levels = update(x, position, old.token.to(x.dtype), old.nodes.to(x.dtype), merge, expand, chain)
+    token = x.to(old.token.dtype, copy=True)
+    if not levels:
+        return Slots(position, token, old.nodes.clone(), old.q.clone(), old.v.clone())
+    count = state_rows(chain, expand)
+    fresh = torch.cat([stack for _, stack in levels], 1)
+    height = [stack_height(level, expand) for level in range(1, chain + 1)]
+    changed = torch.cat([flag[:, None].expand(-1, h) for (flag, _), h in zip(levels, height, strict=True)], 1)
+    new_q, new_v = project(fresh).chunk(2, -1)
+
+    def over(new: Tensor, kept: Tensor) -> Tensor:
+        new = torch.where(changed[..., None, None], new.to(kept.dtype), kept[:, :count])
+        return torch.cat([new, kept[:, count:]], 1)
+
+    return Slots(position, token, over(fresh, old.nodes), over(new_q, old.q), over(new_v, old.v))
+
+
 def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> Tensor:
     """Section 4 for one position per row.
 
@@ -72,3 +120,101 @@ def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> 
         score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
         weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
         return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)
+
+
+def attend_state(qkv: Tensor, state: Slots, heads: int, levels: int, expand: int) -> Tensor:
+    """`attend_slots` of the newest tokens, q, k and v of which are ``qkv [B, 3E]``, over a state."""
+    q, k, v = qkv.chunk(3, -1)
+    valid = valid_rows(state.position, levels, expand).repeat_interleave(state.nodes.shape[2], 1)
+    own_q, own_v = q[:, None].to(state.q.dtype), v[:, None].to(state.v.dtype)
+    slots_q, slots_v = torch.cat([own_q, state.q.flatten(1, 2)], 1), torch.cat([own_v, state.v.flatten(1, 2)], 1)
+    return attend_slots(k, slots_q, slots_v, F.pad(valid, (1, 0), value=True), heads)
+
+
+class Weights(NamedTuple):
+    """A mixing layer's parameters as they lie; see `merge_of` for those of the summarizer."""
+
+    q: tuple[Tensor, Tensor]
+    k: tuple[Tensor, Tensor]
+    v: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    summarizer: tuple[Tensor, ...]
+    expander: tuple[Tensor, Tensor] | None
+
+
+def split_weights(tensors: Sequence[Tensor], summarizer: str) -> Weights:
+    """`Weights` from one list: weight and bias of q, k, v and out, the summarizer's tensors, the expander's."""
+    q, k, v, out = ((tensors[i], tensors[i + 1]) for i in range(0, 8, 2))
+    end = 11 if summarizer == "separable" else 10
+    expander = (tensors[end], tensors[end + 1]) if len(tensors) > end else None
+    return Weights(q, k, v, out, tuple(tensors[8:end]), expander)
+
+
+def merge_of(weights: Weights, summarizer: str, bank: int) -> Merge:
+    """The merge of two stacks ``[P, h, m, E]`` that a summarizer's tensors stand for, expander included.
+
+    ``"linear"``: weight ``[G, 2C, C]``; ``"pair"``: weight ``[G·C, C, 2]``, that of `torch.nn.Conv1d`;
+    ``"separable"``: weight ``[G, C, C]`` and a scale ``[2, G, C]``. The bias has G·C elements each time.
+    """
+    weight, bias, *scale = weights.summarizer
+    size = bank * weights.q[0].shape[0]
+    if summarizer == "pair":
+        groups = size // weight.shape[1]
+        weight = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+    groups, features = weight.shape[0], weight.shape[2]
+    scales = scale[0].reshape(2, groups, features) if scale else None
+    linear = LinearMerge(weight[:, None], bias.reshape(groups, features), scales)
+    expander = weights.expander
+    if expander is None:
+        return lambda left, right: merge_stacks(linear, left, right)
+    return lambda left, right: merge_stacks(linear, expand_stack(left, *expander), expand_stack(right, *expander))
+
+
+def _chain(position: Tensor, levels: int) -> int:
+    """The highest level that any row completes, where reading positions is free; else what there is room for."""
+    if position.device.type != "cpu":
+        return levels
+    return int((position & -position).max()).bit_length() - 1 if position.numel() else 0
+
+
+def run_(
+    x: Tensor,
+    slots: Tensor | None,
+    state: Slots,
+    tensors: Sequence[Tensor],
+    summarizer: str,
+    heads: int,
+    expand: int,
+    attends: bool,
+) -> Tensor:
+    """T tokens of each row into a pool of states, in place; see ``lmn_kernels.decode_`` and ``update_``.
+
+    Args:
+        x: ``[B, T, E]``.
+        slots: ``[B]`` the slot of each row, -1 for none; None for the row's own number.
+        attends: whether the output is wanted; zeros where it is not.
+    """
+    weights = split_weights(tensors, summarizer)
+    bank, rows = state.nodes.shape[2], state.nodes.shape[1]
+    levels = 0
+    while state_rows(levels, expand) < rows:
+        levels += 1
+    merge = merge_of(weights, summarizer, bank)
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
+    slot = active if slots is None else slots.index_select(0, active).long()
+
+    def project(nodes: Tensor) -> Tensor:
+        return torch.cat([F.linear(nodes, *weights.q), F.linear(nodes, *weights.v)], -1)
+
+    for t in range(x.shape[1]):
+        token = x[:, t].index_select(0, active)
+        old = Slots(*(part.index_select(0, slot) for part in state))
+        new = advance(token, old, merge, project, expand, _chain(old.position + 1, levels))
+        for part, value in zip(state, new, strict=True):
+            part.index_copy_(0, slot, value)
+        if attends:
+            qkv = torch.cat([F.linear(token, *pair) for pair in (weights.q, weights.k, weights.v)], -1)
+            mixed = attend_state(qkv, new, heads, levels, expand)
+            y[:, t].index_copy_(0, active, F.linear(mixed, *weights.out))
+    return y

@@ -241,6 +241,23 @@ def merge_stacks(summarizer: LinearMerge, left: Tensor, right: Tensor) -> Tensor
     return groups.join(merged).permute(1, 2, 0, 3)
 
 
+def expand_stack(stack: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A transposed convolution along the stack of a node (section 6).
+
+    Args:
+        stack: ``[P, h, m, E]``.
+        weight: ``[E, E, 1 + k]``, that of `torch.nn.ConvTranspose1d`; bias: ``[E]``.
+
+    Returns:
+        ``[P, h + k, m, E]``.
+    """
+    # As a matrix product: a convolution would be rounded to TF32 on a GPU by its own, other switch.
+    taps = torch.einsum("phmi,iok->kphmo", stack, weight)
+    k = len(taps) - 1
+    shifted = [torch.nn.functional.pad(tap, (0, 0, 0, 0, i, k - i)) for i, tap in enumerate(taps)]
+    return torch.stack(shifted).sum(0) + bias
+
+
 def build_tree_with(
     merge: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,

@@ -1,0 +1,333 @@
+#include "matvec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "simd.h"
+
+// One binary for all processors of a family: each exported function exists once per instruction set, and
+// the loader picks. The helpers are inlined into them, and so are compiled for each.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(LMN_NO_CLONES)
+#define LMN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define LMN_CLONES
+#endif
+namespace lmn {
+namespace {
+
+// Columns of a product that are summed up before the next ones are: their sums stay in the first cache.
+constexpr int64_t kColumns = 512;
+// Stored rows of a matrix that all rows of x pass before the next ones: they stay in the second cache.
+constexpr int64_t kTileRows = 64;
+
+LMN_INLINE const void* at(const Operand& w, int64_t element) {
+  return static_cast<const char*>(w.weight) + element * (w.type == Type::f32 ? 4 : 2);
+}
+
+// y[r, 0 ... count) += x[r] * w[0 ... count) for STEPS consecutive stored rows of w.
+template <int ROWS, int STEPS>
+LMN_INLINE void add_rows(const float* w, int64_t stride, int64_t count, const float* x, int64_t ldx, float* y,
+                         int64_t ldy) {
+  F8 factor[ROWS][STEPS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < STEPS; ++i) factor[r][i] = splat(x[r * ldx + i]);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    F8 weight[STEPS];
+    for (int i = 0; i < STEPS; ++i) weight[i] = load8<F8>(w + i * stride + j);
+    for (int r = 0; r < ROWS; ++r) {
+      F8 sum = load8<F8>(y + r * ldy + j);
+      for (int i = 0; i < STEPS; ++i) sum += factor[r][i] * weight[i];
+      store8(y + r * ldy + j, sum);
+    }
+  }
+  for (; j < count; ++j)
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < STEPS; ++i) y[r * ldy + j] += x[r * ldx + i] * w[i * stride + j];
+}
+
+template <int ROWS>
+LMN_INLINE void in_major_f32(const Operand& w, int64_t k, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                             float* y, int64_t ldy) {
+  constexpr int STEPS = 8 / ROWS;
+  const float* weight = static_cast<const float*>(w.weight);
+  for (int64_t c = begin; c < end; c += kColumns) {
+    const int64_t count = std::min(kColumns, end - c);
+    int64_t i = 0;
+    for (; i + STEPS <= k; i += STEPS)
+      add_rows<ROWS, STEPS>(weight + i * w.stride + c, w.stride, count, x + i, ldx, y + c, ldy);
+    for (; i < k; ++i) add_rows<ROWS, 1>(weight + i * w.stride + c, w.stride, count, x + i, ldx, y + c, ldy);
+  }
+}
+
+// As add_rows, on sums that are split into those of even and of odd columns; whole groups of kLanes pairs.
+template <int ROWS, int STEPS>
+LMN_INLINE void add_rows_bf16(const uint16_t* w, int64_t stride, int64_t pairs, const float* x, int64_t ldx,
+                              float (*evens)[kColumns / 2], float (*odds)[kColumns / 2]) {
+  F8 factor[ROWS][STEPS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < STEPS; ++i) factor[r][i] = splat(x[r * ldx + i]);
+  for (int64_t j = 0; j < pairs; j += kLanes) {
+    F8 low[STEPS], high[STEPS];
+    for (int i = 0; i < STEPS; ++i) {
+      const U8 words = load8<U8>(w + i * stride + 2 * j);
+      low[i] = even(words);
+      high[i] = odd(words);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      F8 sums = load8<F8>(evens[r] + j), others = load8<F8>(odds[r] + j);
+      for (int i = 0; i < STEPS; ++i) {
+        sums += factor[r][i] * low[i];
+        others += factor[r][i] * high[i];
+      }
+      store8(evens[r] + j, sums);
+      store8(odds[r] + j, others);
+    }
+  }
+}
+
+template <int ROWS>
+LMN_INLINE void in_major_bf16(const Operand& w, int64_t k, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                              float* y, int64_t ldy) {
+  constexpr int STEPS = ROWS == 4 ? 2 : 4;
+  const uint16_t* weight = static_cast<const uint16_t*>(w.weight);
+  float evens[ROWS][kColumns / 2], odds[ROWS][kColumns / 2];
+  for (int64_t c = begin; c < end; c += kColumns) {
+    const int64_t count = std::min(kColumns, end - c), pairs = count / (2 * kLanes) * kLanes;
+    for (int r = 0; r < ROWS; ++r)
+      for (int64_t j = 0; j < pairs; ++j) {
+        evens[r][j] = y[r * ldy + c + 2 * j];
+        odds[r][j] = y[r * ldy + c + 2 * j + 1];
+      }
+    int64_t i = 0;
+    for (; i + STEPS <= k; i += STEPS)
+      add_rows_bf16<ROWS, STEPS>(weight + i * w.stride + c, w.stride, pairs, x + i, ldx, evens, odds);
+    for (; i < k; ++i)
+      add_rows_bf16<ROWS, 1>(weight + i * w.stride + c, w.stride, pairs, x + i, ldx, evens, odds);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t j = 0; j < pairs; ++j) {
+        y[r * ldy + c + 2 * j] = evens[r][j];
+        y[r * ldy + c + 2 * j + 1] = odds[r][j];
+      }
+      for (int64_t n = c + 2 * pairs; n < c + count; ++n)
+        for (int64_t s = 0; s < k; ++s) y[r * ldy + n] += x[r * ldx + s] * widen(weight[s * w.stride + n]);
+    }
+  }
+}
+
+// OUTS stored rows of w against ROWS rows of x: two accumulators for each pair.
+template <int ROWS, int OUTS>
+LMN_INLINE void dots_f32(const float* w, int64_t stride, int64_t k, const float* x, int64_t ldx, float* y,
+                         int64_t ldy) {
+  F8 low[ROWS][OUTS], high[ROWS][OUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int o = 0; o < OUTS; ++o) low[r][o] = high[r][o] = splat(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= k; i += 2 * kLanes)
+    for (int o = 0; o < OUTS; ++o) {
+      const F8 first = load8<F8>(w + o * stride + i), second = load8<F8>(w + o * stride + i + kLanes);
+      for (int r = 0; r < ROWS; ++r) {
+        low[r][o] += load8<F8>(x + r * ldx + i) * first;
+        high[r][o] += load8<F8>(x + r * ldx + i + kLanes) * second;
+      }
+    }
+  for (int r = 0; r < ROWS; ++r)
+    for (int o = 0; o < OUTS; ++o) {
+      float sum = total(low[r][o]) + total(high[r][o]);
+      for (int64_t s = i; s < k; ++s) sum += x[r * ldx + s] * w[o * stride + s];
+      y[r * ldy + o] += sum;
+    }
+}
+
+template <int ROWS>
+LMN_INLINE void out_major_f32(const Operand& w, int64_t k, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                              float* y, int64_t ldy) {
+  constexpr int OUTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  const float* weight = static_cast<const float*>(w.weight);
+  int64_t n = begin;
+  for (; n + OUTS <= end; n += OUTS) dots_f32<ROWS, OUTS>(weight + n * w.stride, w.stride, k, x, ldx, y + n, ldy);
+  for (; n < end; ++n) dots_f32<ROWS, 1>(weight + n * w.stride, w.stride, k, x, ldx, y + n, ldy);
+}
+
+// As dots_f32, on rows of x that are split into their even and odd elements.
+template <int ROWS, int OUTS>
+LMN_INLINE void dots_bf16(const uint16_t* w, int64_t stride, int64_t k, const float* evens, const float* odds,
+                          int64_t lds, float* y, int64_t ldy) {
+  F8 low[ROWS][OUTS], high[ROWS][OUTS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int o = 0; o < OUTS; ++o) low[r][o] = high[r][o] = splat(0.0f);
+  const int64_t pairs = k / 2;
+  int64_t i = 0;
+  for (; i + kLanes <= pairs; i += kLanes)
+    for (int o = 0; o < OUTS; ++o) {
+      const U8 words = load8<U8>(w + o * stride + 2 * i);
+      for (int r = 0; r < ROWS; ++r) {
+        low[r][o] += load8<F8>(evens + r * lds + i) * even(words);
+        high[r][o] += load8<F8>(odds + r * lds + i) * odd(words);
+      }
+    }
+  for (int r = 0; r < ROWS; ++r)
+    for (int o = 0; o < OUTS; ++o) {
+      float sum = total(low[r][o]) + total(high[r][o]);
+      for (int64_t s = 2 * i; s < k; ++s)
+        sum += (s % 2 ? odds : evens)[r * lds + s / 2] * widen(w[o * stride + s]);
+      y[r * ldy + o] += sum;
+    }
+}
+
+template <int ROWS>
+LMN_INLINE void out_major_bf16(const Operand& w, int64_t k, int64_t begin, int64_t end, const float* evens,
+                               const float* odds, int64_t lds, float* y, int64_t ldy) {
+  constexpr int OUTS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  const uint16_t* weight = static_cast<const uint16_t*>(w.weight);
+  int64_t n = begin;
+  for (; n + OUTS <= end; n += OUTS)
+    dots_bf16<ROWS, OUTS>(weight + n * w.stride, w.stride, k, evens, odds, lds, y + n, ldy);
+  for (; n < end; ++n) dots_bf16<ROWS, 1>(weight + n * w.stride, w.stride, k, evens, odds, lds, y + n, ldy);
+}
+
+// exp of values of at most 0, with an error of 1e-7: degree 6 on [-ln 2 / 2, ln 2 / 2]; 0 below -87, NaN for NaN.
+LMN_INLINE float exp_of_negative(float value) {
+  const float clamped = value > -87.0f ? value : -87.0f;
+  const float whole = std::nearbyint(clamped * 1.44269504f);
+  const float rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float sum = 1.9875692e-4f;
+  sum = sum * rest + 1.3981999e-3f;
+  sum = sum * rest + 8.3334519e-3f;
+  sum = sum * rest + 4.1665796e-2f;
+  sum = sum * rest + 1.6666666e-1f;
+  sum = sum * rest + 5.0e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  const float power = as_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+  return value >= -87.0f ? sum * power : value < -87.0f ? 0.0f : value;
+}
+
+LMN_INLINE float dot(const float* a, const float* b, int64_t count) {
+  F8 lanes = splat(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) lanes += load8<F8>(a + i) * load8<F8>(b + i);
+  float sum = total(lanes);
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+}  // namespace
+
+LMN_CLONES void add_in_major(const Operand& w, int64_t k, int64_t begin, int64_t end, int64_t rows, const float* x,
+                             int64_t ldx, float* y, int64_t ldy) {
+  const bool wide = w.type == Type::f32;
+  const int64_t step = rows > 4 ? kTileRows : k;
+  for (int64_t from = 0; from < k; from += step) {
+    const int64_t depth = std::min(step, k - from);
+    const Operand part{at(w, from * w.stride), w.type, w.stride};
+    for (int64_t row = 0, taken; row < rows; row += taken) {
+      const float* input = x + row * ldx + from;
+      float* sums = y + row * ldy;
+      taken = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+      if (taken == 4) {
+        wide ? in_major_f32<4>(part, depth, begin, end, input, ldx, sums, ldy)
+             : in_major_bf16<4>(part, depth, begin, end, input, ldx, sums, ldy);
+      } else if (taken == 2) {
+        wide ? in_major_f32<2>(part, depth, begin, end, input, ldx, sums, ldy)
+             : in_major_bf16<2>(part, depth, begin, end, input, ldx, sums, ldy);
+      } else {
+        wide ? in_major_f32<1>(part, depth, begin, end, input, ldx, sums, ldy)
+             : in_major_bf16<1>(part, depth, begin, end, input, ldx, sums, ldy);
+      }
+    }
+  }
+}
+
+LMN_CLONES void add_out_major(const Operand& w, int64_t k, int64_t begin, int64_t end, int64_t rows, const float* x,
+                              int64_t ldx, float* y, int64_t ldy) {
+  // Inputs in pieces of even length that fit the first cache.
+  constexpr int64_t kPiece = 2048, lds = kPiece / 2;
+  float evens[4][lds], odds[4][lds];
+  const int64_t step = rows > 4 ? kTileRows : end - begin;
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t until = std::min(end, n + step);
+    for (int64_t row = 0, taken; row < rows; row += taken) {
+      taken = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+      float* sums = y + row * ldy;
+      for (int64_t from = 0; from < k; from += kPiece) {
+        const int64_t count = std::min(kPiece, k - from);
+        const float* input = x + row * ldx + from;
+        const Operand part{at(w, from), w.type, w.stride};
+        if (w.type == Type::f32) {
+          taken == 4   ? out_major_f32<4>(part, count, n, until, input, ldx, sums, ldy)
+          : taken == 2 ? out_major_f32<2>(part, count, n, until, input, ldx, sums, ldy)
+                       : out_major_f32<1>(part, count, n, until, input, ldx, sums, ldy);
+          continue;
+        }
+        for (int64_t r = 0; r < taken; ++r)
+          for (int64_t i = 0; i < count; ++i) (i % 2 ? odds : evens)[r][i / 2] = input[r * ldx + i];
+        taken == 4   ? out_major_bf16<4>(part, count, n, until, evens[0], odds[0], lds, sums, ldy)
+        : taken == 2 ? out_major_bf16<2>(part, count, n, until, evens[0], odds[0], lds, sums, ldy)
+                     : out_major_bf16<1>(part, count, n, until, evens[0], odds[0], lds, sums, ldy);
+      }
+    }
+  }
+}
+
+LMN_CLONES void add_pair(const Operand& w, int64_t side, int64_t k, int64_t begin, int64_t end, int64_t rows,
+                         const float* x, int64_t ldx, float* y, int64_t ldy) {
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = x + r * ldx;
+      F8 lanes = splat(0.0f);
+      float rest = 0.0f;
+      int64_t i = 0;
+      if (w.type == Type::f32) {
+        const float* weight = static_cast<const float*>(w.weight) + n * w.stride + side;
+        for (; i + kLanes <= k; i += kLanes) {
+          const float* p = weight + 2 * i;
+          lanes += load8<F8>(row + i) * F8{p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]};
+        }
+        for (; i < k; ++i) rest += row[i] * weight[2 * i];
+      } else {
+        const uint16_t* weight = static_cast<const uint16_t*>(w.weight) + n * w.stride;
+        for (; i + kLanes <= k; i += kLanes) {
+          const U8 words = load8<U8>(weight + 2 * i);
+          lanes += load8<F8>(row + i) * (side ? odd(words) : even(words));
+        }
+        for (; i < k; ++i) rest += row[i] * widen(weight[2 * i + side]);
+      }
+      y[r * ldy + n] += total(lanes) + rest;
+    }
+}
+
+LMN_CLONES void attend_head(const float* const* q, const float* const* v, int64_t slots, int64_t from, int64_t size,
+                            float scale, const float* k, float* weight, float* out) {
+  float largest = -INFINITY;
+  for (int64_t s = 0; s < slots; ++s) weight[s] = dot(q[s] + from, k, size) * scale;
+  for (int64_t s = 0; s < slots; ++s) largest = weight[s] > largest ? weight[s] : largest;
+  float sum = 0.0f;
+  for (int64_t s = 0; s < slots; ++s) weight[s] = exp_of_negative(weight[s] - largest);
+  for (int64_t s = 0; s < slots; ++s) sum += weight[s];
+  for (int64_t d = 0; d < size; ++d) out[d] = 0.0f;
+  for (int64_t s = 0; s < slots; ++s)
+    for (int64_t d = 0; d < size; ++d) out[d] += weight[s] * v[s][from + d];
+  const float inverse = 1.0f / sum;
+  for (int64_t d = 0; d < size; ++d) out[d] *= inverse;
+}
+
+LMN_CLONES void load(const void* from, Type type, int64_t offset, int64_t count, float* to) {
+  if (type == Type::f32) {
+    std::memcpy(to, static_cast<const float*>(from) + offset, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(from) + offset;
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(half[i]);
+}
+
+LMN_CLONES void store(const float* from, int64_t count, Type type, void* to, int64_t offset) {
+  if (type == Type::f32) {
+    std::memcpy(static_cast<float*>(to) + offset, from, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(to) + offset;
+  for (int64_t i = 0; i < count; ++i) half[i] = narrow(from[i]);
+}
+
+}  // namespace lmn

@@ -1,0 +1,90 @@
+// Eight float32 lanes, by the compiler's vector types where it has them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define LMN_INLINE inline __attribute__((always_inline))
+#else
+#define LMN_INLINE inline
+#endif
+
+namespace lmn {
+
+constexpr int64_t kLanes = 8;
+
+#if defined(__GNUC__)
+typedef float F8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+
+LMN_INLINE F8 splat(float value) { return F8{value, value, value, value, value, value, value, value}; }
+LMN_INLINE F8 as_floats(U8 bits) { return reinterpret_cast<F8>(bits); }
+#else
+template <class T>
+struct Lanes {
+  T lane[kLanes];
+  T operator[](int64_t i) const { return lane[i]; }
+  T& operator[](int64_t i) { return lane[i]; }
+};
+using F8 = Lanes<float>;
+using U8 = Lanes<uint32_t>;
+
+inline F8 operator*(F8 a, const F8& b) {
+  for (int64_t i = 0; i < kLanes; ++i) a[i] *= b[i];
+  return a;
+}
+inline F8& operator+=(F8& a, const F8& b) {
+  for (int64_t i = 0; i < kLanes; ++i) a[i] += b[i];
+  return a;
+}
+inline U8 operator<<(U8 a, int count) {
+  for (int64_t i = 0; i < kLanes; ++i) a[i] <<= count;
+  return a;
+}
+inline U8 operator&(U8 a, uint32_t mask) {
+  for (int64_t i = 0; i < kLanes; ++i) a[i] &= mask;
+  return a;
+}
+inline F8 splat(float value) { return F8{{value, value, value, value, value, value, value, value}}; }
+inline F8 as_floats(U8 bits) {
+  F8 value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+#endif
+
+template <class T>
+LMN_INLINE T load8(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+LMN_INLINE void store8(void* to, const F8& value) { std::memcpy(to, &value, sizeof(value)); }
+
+LMN_INLINE float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+LMN_INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// bfloat16: the high half of a float32. Of two neighbours read as one word the even one is the low half
+// (little-endian, as every target of ours is).
+LMN_INLINE float widen(uint16_t value) { return as_float(static_cast<uint32_t>(value) << 16); }
+LMN_INLINE F8 even(U8 words) { return as_floats(words << 16); }
+LMN_INLINE F8 odd(U8 words) { return as_floats(words & 0xffff0000u); }
+LMN_INLINE uint16_t narrow(float value) {
+  const uint32_t bits = as_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays one
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// The sum of the lanes, in a fixed order.
+LMN_INLINE float total(const F8& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+}  // namespace lmn

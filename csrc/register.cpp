@@ -1,0 +1,321 @@
+// The operations update_, decode_ and step of lmn_kernels/_library.py: checks, and the call of either half.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#ifdef LMN_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/step.h"
+#endif
+
+#include "checks.h"
+#include "step.h"
+
+#define LMN_STRING_(text) #text
+#define LMN_STRING(text) LMN_STRING_(text)
+
+namespace lmn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = at::TensorList;
+
+// What the binary was built from and for. `_extension.py` looks for it in the file before it loads it.
+const char kBuild[] = "lmn_kernels build: {\"version\": \"" LMN_STRING(LMN_VERSION) "\", \"torch\": \"" LMN_STRING(
+    LMN_TORCH) "\", \"cuda\": \"" LMN_STRING(LMN_CUDA_VERSION) "\", \"archs\": \"" LMN_STRING(LMN_ARCHS) "\"}";
+
+Type type_of(const char* name, const Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (dtype == at::kFloat) return Type::f32;
+  if (dtype == at::kBFloat16) return Type::bf16;
+  if (dtype == at::kHalf && tensor.is_cuda()) return Type::f16;
+  TORCH_CHECK_TYPE(false, name, ": expected dtype float32 or bfloat16", tensor.is_cuda() ? " or float16" : "",
+                   ", got ", dtype);
+}
+
+struct State {
+  const Tensor &position, &token, &nodes, &q, &v;
+};
+
+// A step's arguments, and the copies that keep them alive where one was not contiguous.
+struct Call {
+  Step step{};
+  std::vector<Tensor> held;
+
+  const void* keep(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    held.push_back(tensor.contiguous());
+    return held.back().const_data_ptr();
+  }
+};
+
+void describe_state(Call& call, const State& state, int64_t expand, at::Device device) {
+  Step& step = call.step;
+  check_dtype("state.position", state.position, at::kLong);
+  check_shape("state.position", state.position, {-1});
+  step.pool = state.position.size(0);
+  TORCH_CHECK_VALUE(state.nodes.dim() == 4, "state.nodes: expected shape [slots, rows, bank, embedding], got ",
+                    state.nodes.sizes());
+  step.bank = state.nodes.size(2);
+  const int64_t rows = state.nodes.size(1);
+  step.expand = expand;
+  while (state_rows(step.levels, expand) < rows) ++step.levels;
+  TORCH_CHECK_VALUE(state_rows(step.levels, expand) == rows, "state.nodes: expected the rows of whole levels with expand=",
+                    expand, ", got ", rows);
+  check_shape("state.token", state.token, {step.pool, step.embedding});
+  step.state_type = type_of("state.token", state.token);
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"state.position", state.position},
+                                     {"state.token", state.token},
+                                     {"state.nodes", state.nodes},
+                                     {"state.q", state.q},
+                                     {"state.v", state.v}}) {
+    check_device(name, tensor, device);
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ", tensor.strides());
+  }
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"state.nodes", state.nodes},
+                                     {"state.q", state.q},
+                                     {"state.v", state.v}}) {
+    check_shape(name, tensor, {step.pool, rows, step.bank, step.embedding});
+    check_dtype(name, tensor, state.token.scalar_type());
+  }
+  step.slot_token = step.embedding;
+  step.slot_nodes = rows * step.bank * step.embedding;
+}
+
+const void* weight(Call& call, const char* name, const Tensor& tensor, const Tensor& x,
+                   std::initializer_list<int64_t> shape) {
+  check_shape(name, tensor, shape);
+  check_dtype(name, tensor, x.scalar_type());
+  check_device(name, tensor, x.device());
+  return call.keep(tensor);
+}
+
+// `weights`: weight and bias of q, k, v and out_proj and of the summarizer; the scale of a separable one;
+// weight and bias of an expander's transposed convolution.
+void describe_weights(Call& call, const Tensor& x, Tensors weights, c10::string_view summarizer, int64_t heads) {
+  Step& step = call.step;
+  const int64_t e = step.embedding;
+  TORCH_CHECK_VALUE(heads >= 1 && e % heads == 0, "heads: expected a divisor of embedding=", e, ", got ", heads);
+  step.heads = heads;
+  const bool separable = summarizer == "separable", pair = summarizer == "pair";
+  TORCH_CHECK_VALUE(separable || pair || summarizer == "linear",
+                    "summarizer: expected linear, pair or separable, got ", std::string(summarizer));
+  const size_t plain = separable ? 11 : 10;
+  TORCH_CHECK_VALUE(weights.size() == plain || weights.size() == plain + 2, "weights: expected ", plain, " or ",
+                    plain + 2, " tensors, got ", weights.size());
+  const char* names[] = {"q.weight", "q.bias", "k.weight", "k.bias", "v.weight", "v.bias", "out_proj.weight",
+                         "out_proj.bias"};
+  Projection* projections[] = {&step.query, &step.key, &step.value, &step.out};
+  for (int i = 0; i < 4; ++i) {
+    projections[i]->weight = weight(call, names[2 * i], weights[2 * i], x, {e, e});
+    projections[i]->bias = weight(call, names[2 * i + 1], weights[2 * i + 1], x, {e});
+  }
+  const Tensor &merge = weights[8], &bias = weights[9];
+  const int64_t features = step.bank * e;
+  TORCH_CHECK_VALUE(merge.dim() == 3, "summarizer.weight: expected 3 axes, got shape ", merge.sizes());
+  if (pair) {
+    step.merge = Merge::pair;
+    const int64_t c = merge.size(1);
+    TORCH_CHECK_VALUE(c > 0 && features % c == 0 && c % e == 0, "summarizer.weight: expected whole banks of ", e,
+                      " features a group, got shape ", merge.sizes());
+    step.groups = features / c;
+    step.merge_weight = weight(call, "summarizer.weight", merge, x, {features, c, 2});
+  } else {
+    step.merge = separable ? Merge::separable : Merge::linear;
+    step.groups = merge.size(0);
+    TORCH_CHECK_VALUE(step.groups > 0 && step.bank % step.groups == 0, "summarizer.weight: expected a divisor of bank=",
+                      step.bank, " groups, got shape ", merge.sizes());
+    const int64_t c = features / step.groups;
+    step.merge_weight = weight(call, "summarizer.weight", merge, x, {step.groups, separable ? c : 2 * c, c});
+  }
+  TORCH_CHECK_VALUE(bias.numel() == features, "summarizer.bias: expected ", features, " elements, got shape ",
+                    bias.sizes());
+  check_dtype("summarizer.bias", bias, x.scalar_type());
+  check_device("summarizer.bias", bias, x.device());
+  step.merge_bias = call.keep(bias);
+  if (separable) {
+    const Tensor& scale = weights[10];
+    TORCH_CHECK_VALUE(scale.numel() == 2 * features, "summarizer.scale: expected ", 2 * features,
+                      " elements, got shape ", scale.sizes());
+    check_dtype("summarizer.scale", scale, x.scalar_type());
+    check_device("summarizer.scale", scale, x.device());
+    step.merge_scale = call.keep(scale);
+  }
+  if (weights.size() > plain) {
+    step.expander_weight = weight(call, "expander.weight", weights[plain], x, {e, e, 1 + step.expand});
+    step.expander_bias = weight(call, "expander.bias", weights[plain + 1], x, {e});
+  } else {
+    TORCH_CHECK_VALUE(step.expand == 0, "expand: expected 0 without an expander, got ", step.expand);
+  }
+}
+
+void refuse_gradients(const Tensor& x, const State& state, Tensors weights) {
+  if (!at::GradMode::is_enabled()) return;
+  bool wanted = x.requires_grad() || state.token.requires_grad() || state.nodes.requires_grad() ||
+                state.q.requires_grad() || state.v.requires_grad();
+  for (const Tensor& tensor : weights) wanted = wanted || tensor.requires_grad();
+  TORCH_CHECK(!wanted, "the extension records no gradients: call it under torch.no_grad(), or use backend='reference'");
+}
+
+// Rows that take part name distinct slots with room for `tokens` more.
+void check_rows(const Step& step) {
+  thread_local std::vector<char> taken;
+  if (step.slots) taken.assign(static_cast<size_t>(step.pool), 0);
+  for (int64_t row = 0; row < step.rows; ++row) {
+    const int64_t slot = step.slots ? step.slots[row] : row;
+    if (step.slots) {
+      TORCH_CHECK_VALUE(slot >= -1 && slot < step.pool, "slots: expected values in -1 ... ", step.pool - 1, ", got ",
+                        slot);
+      if (slot < 0) continue;
+      TORCH_CHECK_VALUE(!taken[slot], "slots: expected each slot at most once, got ", slot, " twice");
+      taken[slot] = 1;
+    }
+    const int64_t position = step.position[slot];
+    TORCH_CHECK(position >= 0 && position <= capacity(step.levels) - step.tokens, "state: exhausted: slot ", slot,
+                " is at position ", position, ", and its ", step.levels, " levels have room up to ",
+                capacity(step.levels));
+  }
+}
+
+void run(Call& call, [[maybe_unused]] const Tensor& x) {
+  Step& step = call.step;
+  if (step.rows == 0 || step.tokens == 0) return;
+#ifdef LMN_CUDA
+  if (x.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    // Workspace of the caching allocator: belongs to the stream, and to the graph that a capture makes.
+    const Tensor space = at::empty({workspace_bytes(step)}, x.options().dtype(at::kByte));
+    const char* error = step_cuda(step, space.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "lmn_kernels: a CUDA launch failed: ", error);
+    return;
+  }
+#endif
+  check_rows(step);
+  step_cpu(step, at::get_num_threads());
+}
+
+// Rows of x and of a pool into a call; the tensors are checked here, values in run.
+void describe(Call& call, const Tensor& x, const OptionalTensor& slots, const State& state, Tensors weights,
+              c10::string_view summarizer, int64_t heads, int64_t expand) {
+  Step& step = call.step;
+  TORCH_CHECK_VALUE(x.dim() == 3, "x: expected shape [batch, tokens, embedding], got ", x.sizes());
+  TORCH_CHECK_VALUE(expand >= 0, "expand: expected a number of at least 0, got ", expand);
+  step.rows = x.size(0);
+  step.tokens = x.size(1);
+  step.embedding = x.size(2);
+  step.type = type_of("x", x);
+  refuse_gradients(x, state, weights);
+  describe_state(call, state, expand, x.device());
+  describe_weights(call, x, weights, summarizer, heads);
+  if (slots) {
+    check_shape("slots", *slots, {step.rows});
+    check_device("slots", *slots, x.device());
+    TORCH_CHECK_TYPE(slots->scalar_type() == at::kLong || slots->scalar_type() == at::kInt,
+                     "slots: expected dtype int32 or int64, got ", slots->scalar_type());
+    call.held.push_back(slots->to(at::kLong).contiguous());
+    step.slots = call.held.back().const_data_ptr<int64_t>();
+  } else {
+    TORCH_CHECK_VALUE(step.rows == step.pool, "x: expected a row for each of ", step.pool, " slots, got ", step.rows);
+  }
+  Tensor dense = x;
+  if (x.stride(2) != 1) {
+    dense = x.contiguous();
+    call.held.push_back(dense);
+  }
+  step.x = dense.const_data_ptr();
+  step.row_x = dense.stride(0);
+  step.token_x = dense.stride(1);
+}
+
+void bind(Step& step, const State& state) {
+  step.position = state.position.mutable_data_ptr<int64_t>();
+  step.token = state.token.mutable_data_ptr();
+  step.nodes = state.nodes.mutable_data_ptr();
+  step.q = state.q.mutable_data_ptr();
+  step.v = state.v.mutable_data_ptr();
+}
+
+void touch(const State& state) {
+  for (const Tensor* tensor : {&state.position, &state.token, &state.nodes, &state.q, &state.v})
+    if (!tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
+}
+
+Tensor outputs(const Tensor& x, bool masked) {
+  // Rows without a slot are written by nobody.
+  return masked ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
+}
+
+void update_(const Tensor& x, const OptionalTensor& slots, const Tensor& position, const Tensor& token,
+             const Tensor& nodes, const Tensor& q, const Tensor& v, Tensors weights, c10::string_view summarizer,
+             int64_t heads, int64_t expand) {
+  const State state{position, token, nodes, q, v};
+  Call call;
+  describe(call, x, slots, state, weights, summarizer, heads, expand);
+  bind(call.step, state);
+  run(call, x);
+  touch(state);
+}
+
+Tensor decode_(const Tensor& x, const OptionalTensor& slots, const Tensor& position, const Tensor& token,
+               const Tensor& nodes, const Tensor& q, const Tensor& v, Tensors weights, c10::string_view summarizer,
+               int64_t heads, int64_t expand) {
+  const State state{position, token, nodes, q, v};
+  Call call;
+  describe(call, x, slots, state, weights, summarizer, heads, expand);
+  bind(call.step, state);
+  const Tensor y = outputs(x, slots.has_value());
+  call.step.y = y.mutable_data_ptr();
+  run(call, x);
+  touch(state);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& x, const Tensor& position,
+                                                                const Tensor& token, const Tensor& nodes,
+                                                                const Tensor& q, const Tensor& v, Tensors weights,
+                                                                c10::string_view summarizer, int64_t heads,
+                                                                int64_t expand) {
+  const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
+  const Tensor advanced[] = {copy(position), copy(token), copy(nodes), copy(q), copy(v)};
+  const State state{advanced[0], advanced[1], advanced[2], advanced[3], advanced[4]};
+  Call call;
+  describe(call, x, std::nullopt, state, weights, summarizer, heads, expand);
+  bind(call.step, state);
+  const Tensor y = outputs(x, false);
+  call.step.y = y.mutable_data_ptr();
+  run(call, x);
+  return {y, advanced[0], advanced[1], advanced[2], advanced[3], advanced[4]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lmn_kernels, CPU, m) {
+  m.impl("update_", update_);
+  m.impl("decode_", decode_);
+  m.impl("step", step);
+}
+
+#ifdef LMN_CUDA
+TORCH_LIBRARY_IMPL(lmn_kernels, CUDA, m) {
+  m.impl("update_", update_);
+  m.impl("decode_", decode_);
+  m.impl("step", step);
+}
+#endif
+
+}  // namespace lmn
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build", [] { return std::string(lmn::kBuild); }, "What the binary was built from and for.");
+}

@@ -1,0 +1,124 @@
+"""The public operations of the sequential form: tokens into a pool of states, in place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ._backend import resolve
+from ._checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
+from ._library import _OPS, STEP_REFERENCE
+from .state import MemoryState
+
+
+class StepWeights(NamedTuple):
+    """A mixing layer as the step takes it: its parameters as they lie; see `LogarithmicMixing.step_weights`.
+
+    Attributes:
+        tensors: weight and bias of q, k, v and out_proj, ``[E, E]`` and ``[E]`` each; the summarizer's weight
+            and bias; the scale of a separable one; weight ``[E, E, 1+k]`` and bias ``[E]`` of an expander.
+        summarizer: how the summarizer's weight lies: ``"linear"`` ``[G, 2C, C]``, ``"pair"`` ``[G·C, C, 2]``
+            or ``"separable"`` ``[G, C, C]`` with a scale ``[2, G, C]``, for G groups of C = m·E/G features.
+        heads: H.
+        expand: k of the expander, 0 without one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    summarizer: str
+    heads: int
+    expand: int
+
+
+def update_(
+    x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
+) -> None:
+    """Take tokens into a pool of states, in place (specification, section 3).
+
+    Level i of a row is summarised again iff bit i of ``(n-1) XOR n`` is set; everything else stays as it is,
+    to the bit. What is new is projected to its q and v.
+
+    Args:
+        x: ``[B, T, E]``, T tokens a row as the mixing layer sees them (behind its norm).
+        state: a pool of P slots with room for the new positions (``with_room``), outside of any graph.
+        weights: of the layer.
+        slots: ``[B]`` int32 or int64, the slot of each row, or -1 for a row that takes no part; distinct. None
+            for row b in slot b.
+        backend: ``"auto"``, ``"reference"`` or ``"cpp"``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a slot or the name of the backend is wrong.
+        RuntimeError: a row has no room for its tokens (on the CPU: nothing has changed then; on CUDA, where
+            positions are not read back, the row's slot stays as it is and its output is NaN); or gradients
+            would be lost.
+        BackendError: the named backend cannot serve the call.
+    """
+    _run("update_", x, state, weights, slots, backend)
+
+
+def decode_(
+    x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Take tokens into a pool of states, in place, and attend at each of them (specification, sections 3 and 4).
+
+    Arguments and errors are those of `update_`.
+
+    Returns:
+        ``[B, T, E]`` in the dtype of x, output projection included; 0 for rows whose slot is -1.
+    """
+    return _run("decode_", x, state, weights, slots, backend)
+
+
+def _run(
+    name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str
+) -> Any:
+    check_tensor("x", x)
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+    tensors, summarizer, heads, expand = weights
+    if state.expand != expand:
+        raise ValueError(f"state: expected one with expand={expand}, got {state.expand}")
+    if resolve(backend, "step", x.device, x.dtype) == "reference":
+        _check(x, state, weights, slots)
+        run = STEP_REFERENCE[name]
+    else:
+        run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
+    parts = (state.position, state.token, state.nodes, state.q, state.v)
+    y = run(x, slots, *parts, list(tensors), summarizer, heads, expand)
+    state.note_tokens(x.shape[1])
+    return y
+
+
+def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None) -> None:
+    """What csrc/register.cpp checks, for the reference."""
+    check_float("x", x)
+    check_shape("x", x, (None, None, None), "[batch, tokens, embedding]")
+    rows, tokens, size = x.shape
+    pool, bank = state.batch_size, state.nodes.shape[2]
+    state.check_for(pool, size, bank, weights.expand, x.device)
+    for index, tensor in enumerate(weights.tensors):
+        check_float(f"weights[{index}]", tensor, x.dtype)
+        check_device(f"weights[{index}]", tensor, x.device)
+    for index in range(0, 8, 2):
+        check_shape(f"weights[{index}]", weights.tensors[index], (size, size), "[embedding, embedding]")
+        check_shape(f"weights[{index + 1}]", weights.tensors[index + 1], (size,), "[embedding]")
+    if weights.heads < 1 or size % weights.heads:
+        raise ValueError(f"heads: expected a divisor of embedding={size}, got {weights.heads}")
+    if slots is None:
+        if rows != pool:
+            raise ValueError(f"x: expected a row for each of {pool} slots, got {rows}")
+        position = state.position
+    else:
+        check_ids("slots", slots, (rows,), -1, pool - 1)
+        check_device("slots", slots, x.device)
+        if not concrete(slots):
+            return
+        taken = slots[slots >= 0]
+        if len(taken.unique()) != len(taken):
+            raise ValueError(f"slots: expected each slot at most once, got {slots.tolist()}")
+        position = state.position[taken.long()]
+    if concrete(position) and position.numel():
+        last = int(position.max()) + tokens
+        if last > state.capacity:
+            raise RuntimeError(f"state: exhausted: expected positions of at most {state.capacity}, got {last}")
