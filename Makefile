@@ -4,6 +4,9 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# A CUDA build of torch, for cuda-build alone, and the toolkit that compiles for it.
+TORCH_CUDA ?= torch===2.13.0
+CUDA_HOME ?= /usr/local/cuda
 BIN := .venv/bin
 READY := .venv/.ready
 # Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
@@ -11,10 +14,10 @@ INTERPRETED := tests/test_triton_attention.py tests/test_triton_tree.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint demo bench cuda-build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv with the tested versions and this checkout
 
@@ -32,12 +35,17 @@ demo: $(READY) ## train a small language model on Python's own sources
 bench: $(READY) ## time a layer
 	$(BIN)/python -m bench.layer_speed
 
+cuda-build: ## compile the CUDA half for all architectures, without a GPU (about 5 GB of packages)
+	@test -x .venv-cuda/bin/ninja || { $(PYTHON) -m venv .venv-cuda && \
+	  .venv-cuda/bin/python -m pip --disable-pip-version-check -qq install '$(TORCH_CUDA)' numpy setuptools wheel ninja tqdm; }
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python -m bench.cuda_build
+
 clean: ## remove .venv, builds and caches; results in runs/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package, whose build looks for it.
-$(READY): pyproject.toml constraints.txt setup.py
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo 'make: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

@@ -1,8 +1,9 @@
 """The build: what can be declared is in pyproject.toml, this decides what of csrc/ is compiled.
 
 Without torch or a compiler at hand the answer is a pure-Python wheel and one sentence that says why; with
-``LMN_KERNELS_BUILD=1`` that sentence is an error, with ``LMN_KERNELS_BUILD=0`` nothing is compiled. A
-compiler that fails is always an error. Building uses no network and never asks for torch.
+``LMN_KERNELS_BUILD=1`` that sentence is an error, with ``LMN_KERNELS_BUILD=0`` nothing is compiled. So it is
+with the CUDA half, ``LMN_KERNELS_CUDA`` and a build for the CPU alone. A compiler that fails is always an
+error. Building uses no network and never asks for torch.
 
 The environment that it reads: LMN_KERNELS_BUILD (auto, 0, 1), LMN_KERNELS_CUDA (auto, 0, 1), CXX, CUDA_HOME,
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, LMN_KERNELS_CFLAGS (more flags for the C++ compiler, such as sanitizers).
@@ -16,14 +17,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ("csrc/register.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
-CUDA_SOURCES = ("csrc/cuda/step.cu",)
-DEFAULT_ARCHS = "7.5;8.0;9.0;12.0+PTX"
+CUDA_SOURCES = tuple(f"csrc/cuda/step{part}.cu" for part in ("", "_f32", "_bf16", "_f16"))
+# By the first CUDA that knows the newest of them, which comes as PTX as well, for what is newer still.
+DEFAULT_ARCHS = {(12, 8): "7.5;8.0;9.0;12.0+PTX", (0, 0): "7.5;8.0;9.0+PTX"}
 BYTES_PER_JOB = 2 << 30
 
 
@@ -38,27 +41,32 @@ def setting(name: str) -> str:
     return value
 
 
-def cpu_compiler() -> str:
-    """The C++ compiler.
+def check_compiler() -> None:
+    """Look for what every build needs: torch, Python's headers and a C++ compiler, left in CXX for torch to take.
 
     Raises:
-        NotBuilt: there is no torch to build for, or no compiler.
+        NotBuilt: one of them is not there.
     """
     try:
-        import torch  # noqa: F401
         import torch.utils.cpp_extension  # noqa: F401
-    except ImportError as error:
-        way = "pip install --no-build-isolation . lets the build see it"
-        raise NotBuilt(f"torch cannot be imported ({error}); {way}") from None
-    wanted = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    found = shutil.which(wanted[0]) or (None if "CXX" in os.environ else shutil.which("g++") or shutil.which("clang++"))
-    if found is None:
-        raise NotBuilt(f"there is no C++ compiler ({wanted[0]}); install one or set CXX")
-    return found
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
+        reason = f"torch cannot be imported ({error}); pip install --no-build-isolation . lets the build see it"
+        raise NotBuilt(reason) from None
+    if os.name == "nt":
+        return  # setuptools finds the compiler there, on no path
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise NotBuilt(f"{headers} has no Python.h; install Python's headers (Debian, Ubuntu: apt install python3-dev)")
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    found = [name for name in (wanted[:1] or ("c++", "g++", "clang++")) if shutil.which(name)]
+    if not found:
+        raise NotBuilt(f"there is no C++ compiler ({wanted[0] if wanted else 'c++'}); install one or set CXX")
+    if not wanted:
+        os.environ["CXX"] = found[0]
 
 
-def cuda_home() -> Path:
-    """The CUDA toolkit that matches torch.
+def cuda_release() -> tuple[int, int]:
+    """The version of the CUDA toolkit, which matches torch.
 
     Raises:
         NotBuilt: there is none, or it does not match.
@@ -71,21 +79,27 @@ def cuda_home() -> Path:
     if torch.version.cuda is None:
         raise NotBuilt("this torch is built without CUDA")
     home = cpp_extension.CUDA_HOME
-    if home is None or not (Path(home) / "bin" / "nvcc").exists():
+    nvcc = None if home is None else shutil.which("nvcc", path=str(Path(home) / "bin"))
+    if home is None or nvcc is None:
         raise NotBuilt(f"nvcc is not found (torch has CUDA {torch.version.cuda}); set CUDA_HOME to a toolkit")
     if not (Path(home) / "include" / "cuda_runtime.h").exists():
         raise NotBuilt(f"{home} has nvcc but no cuda_runtime.h; set CUDA_HOME to a whole toolkit")
-    printed = subprocess.run([str(Path(home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
+    try:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise NotBuilt(f"{nvcc} does not run ({error}); set CUDA_HOME to a toolkit") from None
     release = re.search(r"release (\d+)\.(\d+)", printed)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         got = "an unknown version" if release is None else f"{release[1]}.{release[2]}"
-        raise NotBuilt(f"nvcc is of CUDA {got}, and torch of CUDA {torch.version.cuda}")
-    return Path(home)
+        raise NotBuilt(f"nvcc is of CUDA {got}, and torch of CUDA {torch.version.cuda}; set CUDA_HOME to one that fits")
+    return int(release[1]), int(release[2])
 
 
-def architectures() -> str:
+def architectures(release: tuple[int, int]) -> str:
     """TORCH_CUDA_ARCH_LIST as it is, or our own list: torch would ask a GPU, and there may be none."""
-    return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = next(archs for first, archs in DEFAULT_ARCHS.items() if release >= first)
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
 def limit_jobs() -> None:
@@ -103,18 +117,22 @@ def version() -> str:
     return found[1]
 
 
-def extension():
-    """The extension module, with its CUDA half where that can be built."""
+def extension(wanted: str):
+    """The extension module, with its CUDA half where that can be built.
+
+    Raises:
+        NotBuilt: CUDA is wanted ("1"), and cannot be built.
+    """
     import torch
     from torch.utils import cpp_extension
 
     try:
-        if setting("LMN_KERNELS_CUDA") == "0":
+        if wanted == "0":
             raise NotBuilt("LMN_KERNELS_CUDA=0")
-        cuda_home()
-        cuda, archs = torch.version.cuda, architectures()
+        archs = architectures(cuda_release())
+        cuda = torch.version.cuda
     except NotBuilt as reason:
-        if setting("LMN_KERNELS_CUDA") == "1":
+        if wanted == "1":
             raise
         print(f"lmn_kernels: the CUDA half is not built: {reason}", file=sys.stderr)
         cuda, archs = "none", "none"
@@ -139,21 +157,36 @@ def extension():
 
 def plan() -> dict:
     """Arguments of setup: the extension, or nothing and the reason."""
-    wanted = setting("LMN_KERNELS_BUILD")
+    wanted, cuda = setting("LMN_KERNELS_BUILD"), setting("LMN_KERNELS_CUDA")
     if wanted == "0":
         return {}
     try:
-        cpu_compiler()
-        limit_jobs()
-        module = extension()
+        check_compiler()
+        module = extension(cuda)
     except NotBuilt as reason:
-        if wanted == "1":
+        if "1" in (wanted, cuda):
             raise SystemExit(f"lmn_kernels: the extension cannot be built: {reason}") from None
         print(f"lmn_kernels: a pure-Python build: {reason}", file=sys.stderr)
         return {}
+    limit_jobs()
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # The versions baked in are no files that could be newer than what an earlier build has left.
+            self.force = True
+
+        def run(self):
+            try:
+                super().run()
+            except Exception:
+                print("lmn_kernels: compiling failed; LMN_KERNELS_BUILD=0 builds without it", file=sys.stderr)
+                raise
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-setup(**plan())
+# Also under a PEP 517 front end. A test imports the rest.
+if __name__ == "__main__":
+    setup(**plan())

@@ -1,8 +1,12 @@
 // The operations update_, decode_ and step of lmn_kernels/_library.py: checks, and the call of either half.
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <pybind11/pybind11.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -89,6 +93,8 @@ void describe_state(Call& call, const State& state, int64_t expand, at::Device d
     check_shape(name, tensor, {step.pool, rows, step.bank, step.embedding});
     check_dtype(name, tensor, state.token.scalar_type());
   }
+  TORCH_CHECK_TYPE(device.is_cpu() || step.state_type == Type::f32 || step.state_type == step.type,
+                   "state.token: expected dtype float32 or that of x, got ", state.token.scalar_type());
   step.slot_token = step.embedding;
   step.slot_nodes = rows * step.bank * step.embedding;
 }
@@ -160,11 +166,32 @@ void describe_weights(Call& call, const Tensor& x, Tensors weights, c10::string_
   }
 }
 
-void refuse_gradients(const Tensor& x, const State& state, Tensors weights) {
+// `block`: nothing; the weight of the mixing's norm; or also that of the feed-forward's norm, and weight and bias
+// of both its layers. `eps` of each norm.
+void describe_block(Call& call, const Tensor& x, Tensors block, at::ArrayRef<double> eps) {
+  Step& step = call.step;
+  const int64_t e = step.embedding;
+  const size_t norms = block.empty() ? 0 : block.size() == 1 ? 1 : 2;
+  TORCH_CHECK_VALUE(block.size() <= 1 || block.size() == 6, "block: expected 0, 1 or 6 tensors, got ", block.size());
+  TORCH_CHECK_VALUE(eps.size() == norms, "eps: expected ", norms, " numbers, got ", eps.size());
+  if (norms == 0) return;
+  step.mixing_norm = weight(call, "norm1.weight", block[0], x, {e});
+  step.mixing_eps = static_cast<float>(eps[0]);
+  if (norms == 1) return;
+  step.feedforward_norm = weight(call, "norm2.weight", block[1], x, {e});
+  step.feedforward_eps = static_cast<float>(eps[1]);
+  step.hidden = block[2].dim() ? block[2].size(0) : 0;
+  const int64_t f = step.hidden;
+  step.up = {weight(call, "fc1.weight", block[2], x, {f, e}), weight(call, "fc1.bias", block[3], x, {f})};
+  step.down = {weight(call, "fc2.weight", block[4], x, {e, f}), weight(call, "fc2.bias", block[5], x, {e})};
+}
+
+void refuse_gradients(const Tensor& x, const State& state, Tensors weights, Tensors block) {
   if (!at::GradMode::is_enabled()) return;
   bool wanted = x.requires_grad() || state.token.requires_grad() || state.nodes.requires_grad() ||
                 state.q.requires_grad() || state.v.requires_grad();
-  for (const Tensor& tensor : weights) wanted = wanted || tensor.requires_grad();
+  for (const Tensors& list : {weights, block})
+    for (const Tensor& tensor : list) wanted = wanted || tensor.requires_grad();
   TORCH_CHECK(!wanted, "the extension records no gradients: call it under torch.no_grad(), or use backend='reference'");
 }
 
@@ -190,9 +217,9 @@ void check_rows(const Step& step) {
 
 void run(Call& call, [[maybe_unused]] const Tensor& x) {
   Step& step = call.step;
-  if (step.rows == 0 || step.tokens == 0) return;
 #ifdef LMN_CUDA
   if (x.is_cuda()) {
+    if (step.rows == 0 || step.tokens == 0) return;
     const c10::cuda::CUDAGuard guard(x.device());
     // Workspace of the caching allocator: belongs to the stream, and to the graph that a capture makes.
     const Tensor space = at::empty({workspace_bytes(step)}, x.options().dtype(at::kByte));
@@ -207,7 +234,7 @@ void run(Call& call, [[maybe_unused]] const Tensor& x) {
 
 // Rows of x and of a pool into a call; the tensors are checked here, values in run.
 void describe(Call& call, const Tensor& x, const OptionalTensor& slots, const State& state, Tensors weights,
-              c10::string_view summarizer, int64_t heads, int64_t expand) {
+              c10::string_view summarizer, int64_t heads, int64_t expand, Tensors block, at::ArrayRef<double> eps) {
   Step& step = call.step;
   TORCH_CHECK_VALUE(x.dim() == 3, "x: expected shape [batch, tokens, embedding], got ", x.sizes());
   TORCH_CHECK_VALUE(expand >= 0, "expand: expected a number of at least 0, got ", expand);
@@ -215,9 +242,10 @@ void describe(Call& call, const Tensor& x, const OptionalTensor& slots, const St
   step.tokens = x.size(1);
   step.embedding = x.size(2);
   step.type = type_of("x", x);
-  refuse_gradients(x, state, weights);
+  refuse_gradients(x, state, weights, block);
   describe_state(call, state, expand, x.device());
   describe_weights(call, x, weights, summarizer, heads);
+  describe_block(call, x, block, eps);
   if (slots) {
     check_shape("slots", *slots, {step.rows});
     check_device("slots", *slots, x.device());
@@ -251,17 +279,29 @@ void touch(const State& state) {
     if (!tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
 }
 
+// Without a trip through the dispatcher where there need be none: five of them are most of a small layer's step.
+Tensor allocate(at::IntArrayRef sizes, const Tensor& like) {
+  return like.is_cpu() ? at::detail::empty_cpu(sizes, like.options()) : at::empty(sizes, like.options());
+}
+
+Tensor copy(const Tensor& tensor) {
+  if (!tensor.is_cpu() || !tensor.is_contiguous()) return tensor.clone(at::MemoryFormat::Contiguous);
+  Tensor twin = allocate(tensor.sizes(), tensor);
+  if (tensor.nbytes()) std::memcpy(twin.mutable_data_ptr(), tensor.const_data_ptr(), tensor.nbytes());
+  return twin;
+}
+
 Tensor outputs(const Tensor& x, bool masked) {
   // Rows without a slot are written by nobody.
-  return masked ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
+  return masked ? at::zeros(x.sizes(), x.options()) : allocate(x.sizes(), x);
 }
 
 void update_(const Tensor& x, const OptionalTensor& slots, const Tensor& position, const Tensor& token,
              const Tensor& nodes, const Tensor& q, const Tensor& v, Tensors weights, c10::string_view summarizer,
-             int64_t heads, int64_t expand) {
+             int64_t heads, int64_t expand, Tensors block, at::ArrayRef<double> eps) {
   const State state{position, token, nodes, q, v};
   Call call;
-  describe(call, x, slots, state, weights, summarizer, heads, expand);
+  describe(call, x, slots, state, weights, summarizer, heads, expand, block, eps);
   bind(call.step, state);
   run(call, x);
   touch(state);
@@ -269,10 +309,10 @@ void update_(const Tensor& x, const OptionalTensor& slots, const Tensor& positio
 
 Tensor decode_(const Tensor& x, const OptionalTensor& slots, const Tensor& position, const Tensor& token,
                const Tensor& nodes, const Tensor& q, const Tensor& v, Tensors weights, c10::string_view summarizer,
-               int64_t heads, int64_t expand) {
+               int64_t heads, int64_t expand, Tensors block, at::ArrayRef<double> eps) {
   const State state{position, token, nodes, q, v};
   Call call;
-  describe(call, x, slots, state, weights, summarizer, heads, expand);
+  describe(call, x, slots, state, weights, summarizer, heads, expand, block, eps);
   bind(call.step, state);
   const Tensor y = outputs(x, slots.has_value());
   call.step.y = y.mutable_data_ptr();
@@ -285,12 +325,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& x,
                                                                 const Tensor& token, const Tensor& nodes,
                                                                 const Tensor& q, const Tensor& v, Tensors weights,
                                                                 c10::string_view summarizer, int64_t heads,
-                                                                int64_t expand) {
-  const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
+                                                                int64_t expand, Tensors block,
+                                                                at::ArrayRef<double> eps) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x_t: expected shape [batch, 1, embedding], got ", x.sizes());
   const Tensor advanced[] = {copy(position), copy(token), copy(nodes), copy(q), copy(v)};
   const State state{advanced[0], advanced[1], advanced[2], advanced[3], advanced[4]};
   Call call;
-  describe(call, x, std::nullopt, state, weights, summarizer, heads, expand);
+  describe(call, x, std::nullopt, state, weights, summarizer, heads, expand, block, eps);
   bind(call.step, state);
   const Tensor y = outputs(x, false);
   call.step.y = y.mutable_data_ptr();
@@ -298,24 +339,100 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& x,
   return {y, advanced[0], advanced[1], advanced[2], advanced[3], advanced[4]};
 }
 
+// What TORCH_LIBRARY_IMPL does, but for the module's initialisation to call: an operation that is declared
+// otherwise, as to a binary of other sources, is an ImportError there; in a static initialiser it ends the process.
+torch::Library implementations(c10::DispatchKey key) {
+  torch::Library m(torch::Library::IMPL, "lmn_kernels", key, __FILE__, __LINE__);
+  m.impl("update_", update_);
+  m.impl("decode_", decode_);
+  m.impl("step", step);
+  return m;
+}
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(lmn_kernels, CPU, m) {
-  m.impl("update_", update_);
-  m.impl("decode_", decode_);
-  m.impl("step", step);
-}
-
-#ifdef LMN_CUDA
-TORCH_LIBRARY_IMPL(lmn_kernels, CUDA, m) {
-  m.impl("update_", update_);
-  m.impl("decode_", decode_);
-  m.impl("step", step);
-}
-#endif
-
 }  // namespace lmn
 
+namespace {
+
+// A layer's weights, for calls without the dispatcher: reading thirty arguments takes longer than a small layer's
+// step. Checked anew at every call, since a parameter may get other data.
+struct Layer {
+  std::vector<at::Tensor> weights, block;
+  std::string summarizer;
+  int64_t heads, expand;
+  std::vector<double> eps;
+  at::DeviceType device;  // for which, and for which dtype, it was decided that this serves
+  at::ScalarType dtype;
+
+  bool takes(const at::Tensor& x, const at::Tensor& token) const {
+    const at::ScalarType kept = token.scalar_type();
+    return x.device().type() == device && x.scalar_type() == dtype &&
+           (kept == at::kFloat || kept == dtype || (kept == at::kBFloat16 && device == at::kCPU));
+  }
+};
+
+// Whether there is more to do than a few microseconds, which is what giving up Python's lock costs.
+bool is_long(const at::Tensor& x) { return x.numel() * (x.dim() ? x.size(-1) : 1) > 64 * 64; }
+
+// Whether a plan of `_step_plan.py` still holds: x is a plain tensor of the kind it was made for, no gradient is
+// recorded and nothing is cast or watched, `children` (name, module) are those of `modules`, every source
+// (dictionary, key, value) is as it was, and all hooks are empty. Borrowed references throughout.
+bool ready(const Layer& layer, const py::dict& modules, const py::tuple& children, const py::tuple& sources,
+           const py::tuple& hooks, const py::handle& x, const at::Tensor& token) {
+  if (!THPVariable_CheckExact(x.ptr()) || at::GradMode::is_enabled()) return false;
+  if (at::autocast::is_autocast_enabled(layer.device) || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  if (!layer.takes(THPVariable_Unpack(x.ptr()), token)) return false;
+  const auto holds = [](PyObject* dictionary, PyObject* key, PyObject* value) {
+    return PyDict_GetItemWithError(dictionary, key) == value;
+  };
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children.ptr()); ++i) {
+    PyObject* child = PyTuple_GET_ITEM(children.ptr(), i);
+    if (!holds(modules.ptr(), PyTuple_GET_ITEM(child, 0), PyTuple_GET_ITEM(child, 1))) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources.ptr()); ++i) {
+    PyObject* source = PyTuple_GET_ITEM(sources.ptr(), i);
+    if (!holds(PyTuple_GET_ITEM(source, 0), PyTuple_GET_ITEM(source, 1), PyTuple_GET_ITEM(source, 2))) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(hooks.ptr()); ++i)
+    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(hooks.ptr(), i)) != 0) return false;
+  return true;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+  static const torch::Library cpu = lmn::implementations(c10::DispatchKey::CPU);
+#ifdef LMN_CUDA
+  static const torch::Library cuda = lmn::implementations(c10::DispatchKey::CUDA);
+#endif
+  using at::Tensor;
+  py::class_<Layer>(m, "Layer")
+      .def(py::init([](std::vector<Tensor> weights, std::string summarizer, int64_t heads, int64_t expand,
+                       std::vector<Tensor> block, std::vector<double> eps) {
+        TORCH_CHECK_VALUE(!weights.empty(), "weights: expected at least one tensor, got none");
+        const at::DeviceType device = weights[0].device().type();
+        const at::ScalarType dtype = weights[0].scalar_type();
+        return Layer{std::move(weights), std::move(block), std::move(summarizer), heads, expand, std::move(eps),
+                     device,             dtype};
+      }))
+      .def("ready", ready)
+      .def(
+          "step",
+          [](const Layer& l, const Tensor& x, const Tensor& position, const Tensor& token, const Tensor& nodes,
+             const Tensor& q, const Tensor& v) {
+            std::optional<py::gil_scoped_release> others;
+            if (is_long(x)) others.emplace();
+            return lmn::step(x, position, token, nodes, q, v, l.weights, l.summarizer, l.heads, l.expand, l.block,
+                             l.eps);
+          })
+      .def(
+          "decode_",
+          [](const Layer& l, const Tensor& x, const std::optional<Tensor>& slots, const Tensor& position,
+             const Tensor& token, const Tensor& nodes, const Tensor& q, const Tensor& v) {
+            std::optional<py::gil_scoped_release> others;
+            if (is_long(x)) others.emplace();
+            return lmn::decode_(x, slots, position, token, nodes, q, v, l.weights, l.summarizer, l.heads, l.expand,
+                                l.block, l.eps);
+          });
   m.def("build", [] { return std::string(lmn::kBuild); }, "What the binary was built from and for.");
 }

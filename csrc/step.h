@@ -66,6 +66,13 @@ struct Step {
   const void* expander_weight;  // [E, E, 1 + k], or null
   const void* expander_bias;    // [E]
   Projection query, key, value, out;
+
+  // The block around the mixing (section 5): x + mixing(norm(x)), then x + FF(norm(x)); null where there is none.
+  const void* mixing_norm;       // [E]
+  const void* feedforward_norm;  // [E]
+  float mixing_eps, feedforward_eps;
+  int64_t hidden;      // F
+  Projection up, down;  // [F, E] and [E, F], SiLU between them
 };
 
 // Rows of a node of a level: the stack of the expander, one row without.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ UNPROVEN = {
 }
 
 _warned: set[tuple[str, str, str]] = set()
+_chosen: dict[tuple[Any, ...], tuple[str, None]] = {}
 
 
 class BackendError(RuntimeError):
@@ -82,10 +84,11 @@ def check_name(backend: str, name: str = "backend") -> None:
 
 def wanted(backend: str) -> str:
     """The backend that is asked for, by the argument or, where that is ``"auto"``, by the environment."""
-    check_name(backend)
     if backend == "auto":
         backend = _env.backend()
         check_name(backend, _env.BACKEND)
+    else:
+        check_name(backend)
     return backend
 
 
@@ -102,7 +105,14 @@ def resolve(
         BackendError: the named backend cannot serve the call.
     """
     asked = wanted(backend)
-    chosen, reason = choose(asked, operation, device, dtype, head_size)
+    if torch.compiler.is_compiling():
+        chosen, reason = choose(asked, operation, device, dtype, head_size)
+    else:
+        # Worked out once: it would cost more than the step of a small layer. A changed rule is another key.
+        key = (asked, operation, device, dtype, head_size, why_not, id(UNPROVEN))
+        chosen, reason = _chosen.get(key) or choose(asked, operation, device, dtype, head_size)
+        if reason is None:
+            _chosen[key] = chosen, None
     if reason is None:
         return chosen
     if asked != "auto":

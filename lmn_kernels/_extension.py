@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import mmap
 import re
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -27,19 +27,20 @@ def read_build(path: Path) -> dict[str, str] | None:
 
 def mismatch(build: dict[str, str] | None) -> str | None:
     """Why a binary is not one for this package and this torch; None where it is."""
-    if build is None:
+    if build is None or not build.keys() >= {"version", "torch", "cuda", "archs"}:
         return f"the extension is not one of lmn_kernels; {REBUILD}"
     for name, here in (("version", __version__), ("torch", torch.__version__)):
-        if build.get(name) != here:
+        if build[name] != here:
             what = "lmn_kernels" if name == "version" else name
-            return f"the extension was built for {what} {build.get(name)}, this is {here}; {REBUILD}"
+            return f"the extension was built for {what} {build[name]}, this is {here}; {REBUILD}"
     return None
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[dict[str, str], str | None]:
     """What the extension was built for, and why it cannot be used; None where it is loaded now."""
-    spec = importlib.util.find_spec("lmn_kernels._C")
+    # In this package alone: the finder of an editable install would offer the binary of another checkout.
+    spec = PathFinder.find_spec("lmn_kernels._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return {}, "the extension is not built (pip install --no-build-isolation . builds it)"
     try:
@@ -50,14 +51,15 @@ def load() -> tuple[dict[str, str], str | None]:
             importlib.import_module("lmn_kernels._library")
             importlib.import_module("lmn_kernels._C")
     except (ImportError, OSError, ValueError) as error:
-        build, reason = None, f"the extension does not load ({error}); {REBUILD}"
+        said = str(error).partition("\n")[0].rstrip(".")  # torch's own errors go on with a stack
+        build, reason = None, f"the extension does not load ({said}); {REBUILD}"
     return build or {}, reason
 
 
 def obstacle(device_type: str) -> str | None:
     """Why the extension cannot serve a type of device; None where it can."""
     build, reason = load()
-    if reason is None and device_type == "cuda" and build.get("cuda") == "none":
+    if reason is None and device_type == "cuda" and build["cuda"] == "none":
         return f"the extension was built without CUDA; {REBUILD}"
     return reason
 

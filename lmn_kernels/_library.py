@@ -42,7 +42,7 @@ _LIBRARY.define(
 )
 
 # One token or several of each row into a pool of states (python_ref.step). No gradients.
-_STEP = "Tensor[] weights, str summarizer, int heads, int expand"
+_STEP = "Tensor[] weights, str summarizer, int heads, int expand, Tensor[] block, float[] eps"
 _SLOTS = "Tensor(a!) position, Tensor(b!) token, Tensor(c!) nodes, Tensor(d!) q, Tensor(e!) v"
 _LIBRARY.define(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_STEP}) -> ()")
 _LIBRARY.define(f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_STEP}) -> Tensor")
@@ -102,16 +102,16 @@ def _attend_backward(grad, token_qkv, node_qv, out, lse, heads, *where):
     return _module("attention", where[-1]).attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
 
 
-def _update_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand):
-    _refuse_gradients(x, token, nodes, q, v, *weights)
-    state = ref_step.Slots(position, token, nodes, q, v)
-    ref_step.run_(x, slots, state, weights, summarizer, heads, expand, attends=False)
+def _update_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand, block, eps):
+    _refuse_gradients(x, token, nodes, q, v, *weights, *block)
+    state, around = ref_step.Slots(position, token, nodes, q, v), ref_step.Around(block, eps)
+    ref_step.run_(x, slots, state, weights, summarizer, heads, expand, around, attends=False)
 
 
-def _decode_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand):
-    _refuse_gradients(x, token, nodes, q, v, *weights)
-    state = ref_step.Slots(position, token, nodes, q, v)
-    return ref_step.run_(x, slots, state, weights, summarizer, heads, expand, attends=True)
+def _decode_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand, block, eps):
+    _refuse_gradients(x, token, nodes, q, v, *weights, *block)
+    state, around = ref_step.Slots(position, token, nodes, q, v), ref_step.Around(block, eps)
+    return ref_step.run_(x, slots, state, weights, summarizer, heads, expand, around, attends=True)
 
 
 def _step(x, position, token, nodes, q, v, *rest):

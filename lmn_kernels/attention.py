@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,16 @@ class SingleVectorAttention(nn.Module):
 
     def step_tensors(self) -> tuple[Tensor, ...]:
         """Weight and bias of q, k, v and out_proj."""
-        layers = (self.q, self.k, self.v, self.out_proj)
-        return tuple(tensor for layer in layers for tensor in (layer.weight, layer.bias))
+        modules: Any = self._modules
+        q, k, v, out = modules["q"], modules["k"], modules["v"], modules["out_proj"]
+        try:
+            # Not by attribute: Module.__getattr__ takes as long as the arithmetic of a small layer.
+            a, b, c, d = q._parameters, k._parameters, v._parameters, out._parameters
+            return (
+                a["weight"], a["bias"], b["weight"], b["bias"], c["weight"], c["bias"], d["weight"], d["bias"],
+            )  # fmt: skip
+        except KeyError:  # a parametrization makes it
+            return tuple(tensor for layer in (q, k, v, out) for tensor in (layer.weight, layer.bias))
 
     @staticmethod
     def _project(x: Tensor, *layers: nn.Linear) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_positive
-from .mixing import LogarithmicMixing, Mix
+from ._layer import Mix
+from ._parameters import parameter, weight_and_bias
+from .mixing import LogarithmicMixing
 from .state import MemoryState
 
 
@@ -87,6 +89,37 @@ class LogarithmicMemory(LogarithmicMixing):
         if self.feedforward is not None and self.norm2 is not None:
             x = x + self.feedforward(self.norm2(x))
         return x, state
+
+
+    def _around(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
+        modules: dict[str, Any] = self._modules
+        norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))
+        if not _is_plain(norm1, nn.RMSNorm):
+            return None
+        if feedforward is None or norm2 is None:
+            return (parameter(norm1, "weight"),), (_eps(norm1),)
+        if not (_is_plain(norm2, nn.RMSNorm) and _is_plain(feedforward, FeedForward)):
+            return None
+        up, down, activation = (feedforward._modules[name] for name in ("fc1", "fc2", "activation"))
+        if not (_is_plain(up, nn.Linear) and _is_plain(down, nn.Linear) and _is_plain(activation, nn.SiLU)):
+            return None
+        norms = parameter(norm1, "weight"), parameter(norm2, "weight")
+        return (*norms, *weight_and_bias(up), *weight_and_bias(down)), (_eps(norm1), _eps(norm2))
+
+
+def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its class does, and nothing of a user's besides."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _eps(norm: Any) -> float:
+    """That of `torch.nn.RMSNorm`, which by default is the resolution of the type it computes in."""
+    if norm.eps is not None:
+        return norm.eps
+    return _FLOAT64_EPS if parameter(norm, "weight").dtype == torch.float64 else _FLOAT32_EPS
+
+
+_FLOAT32_EPS, _FLOAT64_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
 class ExpanderSummarizerLogarithmicMemory(LogarithmicMemory):

@@ -22,12 +22,18 @@ class StepWeights(NamedTuple):
             or ``"separable"`` ``[G, C, C]`` with a scale ``[2, G, C]``, for G groups of C = m·E/G features.
         heads: H.
         expand: k of the expander, 0 without one.
+        block: what a block puts around the mixing (section 5): nothing; the weight ``[E]`` of the RMSNorm
+            before it, and x is added behind it; or also that of the feed-forward's RMSNorm and its weights
+            and biases, ``[F, E] [F] [E, F] [E]``, SiLU in between.
+        eps: of each norm.
     """
 
     tensors: tuple[Tensor, ...]
     summarizer: str
     heads: int
     expand: int
+    block: tuple[Tensor, ...] = ()
+    eps: tuple[float, ...] = ()
 
 
 def update_(
@@ -39,7 +45,7 @@ def update_(
     to the bit. What is new is projected to its q and v.
 
     Args:
-        x: ``[B, T, E]``, T tokens a row as the mixing layer sees them (behind its norm).
+        x: ``[B, T, E]``, T tokens a row.
         state: a pool of P slots with room for the new positions (``with_room``), outside of any graph.
         weights: of the layer.
         slots: ``[B]`` int32 or int64, the slot of each row, or -1 for a row that takes no part; distinct. None
@@ -65,7 +71,7 @@ def decode_(
     Arguments and errors are those of `update_`.
 
     Returns:
-        ``[B, T, E]`` in the dtype of x, output projection included; 0 for rows whose slot is -1.
+        ``[B, T, E]`` in the dtype of x: the mixing layer's output, or the block's; 0 for rows whose slot is -1.
     """
     return _run("decode_", x, state, weights, slots, backend)
 
@@ -76,16 +82,20 @@ def _run(
     check_tensor("x", x)
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    tensors, summarizer, heads, expand = weights
+    tensors, summarizer, heads, expand, block, eps = weights
     if state.expand != expand:
         raise ValueError(f"state: expected one with expand={expand}, got {state.expand}")
+    if slots is not None:
+        # Before the dispatcher: of a device without values (meta) it would run nothing, and say nothing.
+        check_tensor("slots", slots)
+        check_device("slots", slots, x.device)
     if resolve(backend, "step", x.device, x.dtype) == "reference":
         _check(x, state, weights, slots)
         run = STEP_REFERENCE[name]
     else:
         run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
     parts = (state.position, state.token, state.nodes, state.q, state.v)
-    y = run(x, slots, *parts, list(tensors), summarizer, heads, expand)
+    y = run(x, slots, *parts, tensors, summarizer, heads, expand, block, eps)
     state.note_tokens(x.shape[1])
     return y
 
@@ -97,9 +107,11 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
     rows, tokens, size = x.shape
     pool, bank = state.batch_size, state.nodes.shape[2]
     state.check_for(pool, size, bank, weights.expand, x.device)
-    for index, tensor in enumerate(weights.tensors):
+    for index, tensor in enumerate((*weights.tensors, *weights.block)):
         check_float(f"weights[{index}]", tensor, x.dtype)
         check_device(f"weights[{index}]", tensor, x.device)
+    _check_merge(weights, size, bank)
+    _check_block(weights, size)
     for index in range(0, 8, 2):
         check_shape(f"weights[{index}]", weights.tensors[index], (size, size), "[embedding, embedding]")
         check_shape(f"weights[{index + 1}]", weights.tensors[index + 1], (size,), "[embedding]")
@@ -111,7 +123,6 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
         position = state.position
     else:
         check_ids("slots", slots, (rows,), -1, pool - 1)
-        check_device("slots", slots, x.device)
         if not concrete(slots):
             return
         taken = slots[slots >= 0]
@@ -122,3 +133,42 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
         last = int(position.max()) + tokens
         if last > state.capacity:
             raise RuntimeError(f"state: exhausted: expected positions of at most {state.capacity}, got {last}")
+
+
+def _check_merge(weights: StepWeights, size: int, bank: int) -> None:
+    """The summarizer's tensors and the expander's, as `StepWeights` has them."""
+    kind, tensors, features = weights.summarizer, weights.tensors, bank * size
+    if kind not in ("linear", "pair", "separable"):
+        raise ValueError(f"summarizer: expected linear, pair or separable, got {kind!r}")
+    plain = 11 if kind == "separable" else 10
+    if len(tensors) not in (plain, plain + 2):
+        raise ValueError(f"weights: expected {plain} or {plain + 2} tensors, got {len(tensors)}")
+    check_shape("summarizer.weight", tensors[8], (None, None, None))
+    groups = features // max(tensors[8].shape[1], 1) if kind == "pair" else tensors[8].shape[0]
+    if groups < 1 or bank % groups:
+        raise ValueError(f"summarizer.weight: expected a divisor of bank={bank} groups, got {list(tensors[8].shape)}")
+    c = features // groups
+    shapes = {"linear": (groups, 2 * c, c), "pair": (features, c, 2), "separable": (groups, c, c)}
+    check_shape("summarizer.weight", tensors[8], shapes[kind])
+    for name, tensor, count in zip(("bias", "scale"), tensors[9:plain], (features, 2 * features), strict=False):
+        if tensor.numel() != count:
+            raise ValueError(f"summarizer.{name}: expected {count} elements, got shape {list(tensor.shape)}")
+    if len(tensors) > plain:
+        check_shape("expander.weight", tensors[plain], (size, size, 1 + weights.expand))
+        check_shape("expander.bias", tensors[plain + 1], (size,))
+    elif weights.expand:
+        raise ValueError(f"expand: expected 0 without an expander, got {weights.expand}")
+
+
+def _check_block(weights: StepWeights, size: int) -> None:
+    """What stands around the mixing, as `StepWeights` has it."""
+    block, eps = weights.block, weights.eps
+    if len(block) not in (0, 1, 6):
+        raise ValueError(f"block: expected 0, 1 or 6 tensors, got {len(block)}")
+    if len(eps) != min(len(block), 2):
+        raise ValueError(f"eps: expected {min(len(block), 2)} numbers, got {len(eps)}")
+    width = block[2].shape[0] if len(block) == 6 and block[2].dim() else 0
+    names = ("norm1.weight", "norm2.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    shapes = ((size,), (size,), (width, size), (width,), (size, width), (size,))
+    for name, tensor, shape in zip(names, block, shapes, strict=False):
+        check_shape(name, tensor, shape)

@@ -142,4 +142,5 @@ def under_autocast(tensor: Tensor) -> Tensor:
 
 def autocasts(device_type: str) -> bool:
     """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
+from ._parameters import parameter, weight_and_bias
+
 INITS = ("original", "variance_preserving")
 
 
@@ -64,7 +66,7 @@ class Summarizer(LinearMapSummarizer):
         return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
-        return "linear", (self.weight, self.bias)
+        return "linear", weight_and_bias(self)
 
 
 class ConvSummarizer(LinearMapSummarizer):
@@ -89,7 +91,7 @@ class ConvSummarizer(LinearMapSummarizer):
         return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
-        return "pair", (self.conv.weight, self.conv.bias)  # type: ignore[return-value]
+        return "pair", weight_and_bias(self._modules["conv"])
 
 
 class DepthwiseSeparableSummarizer(LinearMapSummarizer):
@@ -126,7 +128,7 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         return LinearMerge(self.weight[:, None], self.bias, self.scale)
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
-        return "separable", (self.weight, self.bias, self.scale)
+        return "separable", (*weight_and_bias(self), parameter(self, "scale"))
 
 
 class Expander(nn.Module):
@@ -150,7 +152,7 @@ class Expander(nn.Module):
 
     def step_tensors(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution."""
-        return self.conv_transpose.weight, self.conv_transpose.bias  # type: ignore[return-value]
+        return weight_and_bias(self._modules["conv_transpose"])
 
     def fold(self, merge: LinearMerge) -> LinearMerge:
         """This expander followed by a linear summarizer, as one linear map of two stacks."""

@@ -119,6 +119,7 @@ def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> 
     with no_autocast(k.device):
         score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
         weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
+        v = v.masked_fill(~valid[:, :, None, None], 0)  # which may be NaN, and 0 · NaN is NaN
         return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)
 
 
@@ -170,6 +171,32 @@ def merge_of(weights: Weights, summarizer: str, bank: int) -> Merge:
     return lambda left, right: merge_stacks(linear, expand_stack(left, *expander), expand_stack(right, *expander))
 
 
+class Around(NamedTuple):
+    """What a block puts around its mixing (section 5): ``x + mixing(norm(x))``, then ``x + FF(norm(x))``.
+
+    Attributes:
+        block: nothing; the weight of the mixing's norm; or also that of the feed-forward's norm, and weight
+            and bias of its two layers.
+        eps: of each norm.
+    """
+
+    block: Sequence[Tensor]
+    eps: Sequence[float]
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the mixing sees."""
+        return F.rms_norm(x, x.shape[-1:], self.block[0], self.eps[0]) if self.block else x
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's output."""
+        y = x + mixed if self.block else mixed
+        if len(self.block) > 1:
+            _, norm, up, up_bias, down, down_bias = self.block
+            hidden = F.linear(F.rms_norm(y, y.shape[-1:], norm, self.eps[1]), up, up_bias)
+            y = y + F.linear(F.silu(hidden), down, down_bias)
+        return y
+
+
 def _chain(position: Tensor, levels: int) -> int:
     """The highest level that any row completes, where reading positions is free; else what there is room for."""
     if position.device.type != "cpu":
@@ -185,6 +212,7 @@ def run_(
     summarizer: str,
     heads: int,
     expand: int,
+    around: Around,
     attends: bool,
 ) -> Tensor:
     """T tokens of each row into a pool of states, in place; see ``lmn_kernels.decode_`` and ``update_``.
@@ -192,6 +220,7 @@ def run_(
     Args:
         x: ``[B, T, E]``.
         slots: ``[B]`` the slot of each row, -1 for none; None for the row's own number.
+        around: the block that the mixing stands in.
         attends: whether the output is wanted; zeros where it is not.
     """
     weights = split_weights(tensors, summarizer)
@@ -208,7 +237,8 @@ def run_(
         return torch.cat([F.linear(nodes, *weights.q), F.linear(nodes, *weights.v)], -1)
 
     for t in range(x.shape[1]):
-        token = x[:, t].index_select(0, active)
+        given = x[:, t].index_select(0, active)
+        token = around.before(given)
         old = Slots(*(part.index_select(0, slot) for part in state))
         new = advance(token, old, merge, project, expand, _chain(old.position + 1, levels))
         for part, value in zip(state, new, strict=True):
@@ -216,5 +246,5 @@ def run_(
         if attends:
             qkv = torch.cat([F.linear(token, *pair) for pair in (weights.q, weights.k, weights.v)], -1)
             mixed = attend_state(qkv, new, heads, levels, expand)
-            y[:, t].index_copy_(0, active, F.linear(mixed, *weights.out))
+            y[:, t].index_copy_(0, active, around.after(given, F.linear(mixed, *weights.out)))
     return y

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import lmn_kernels
-from lmn_kernels import BackendError, LinearMerge, LogarithmicMemory, LogarithmicMixing, Sequences, _backend
+from lmn_kernels import BackendError, LinearMerge, LogarithmicMemory, LogarithmicMixing, Sequences, _backend, _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -22,9 +22,23 @@ CUDA = torch.device("cuda")  # only a name: none of these tests touches a device
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch):
-    """No variable of the machine's own, and no warning used up by an earlier test."""
+    """No variable of the machine's own, no warning used up by an earlier test, and nothing settled by one."""
     monkeypatch.delenv("LMN_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_backend, "_chosen", {})
+
+
+@pytest.fixture
+def extension() -> None:
+    if (reason := _extension.load()[1]) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def no_extension(monkeypatch) -> str:
+    reason = "the extension is not built on this machine"
+    monkeypatch.setattr(_extension, "load", lambda: ({}, reason))
+    return reason
 
 
 def refusal(backend: str, operation: str, device: torch.device = CPU) -> str:
@@ -36,7 +50,7 @@ def refusal(backend: str, operation: str, device: torch.device = CPU) -> str:
     pytest.skip(f"{backend} serves {operation} on {device.type} here")
 
 
-def test_auto_on_the_cpu_is_silent_and_is_the_reference():
+def test_auto_on_the_cpu_is_silent_and_is_the_reference_where_gradients_are():
     x = torch.randn(2, 21, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -49,6 +63,65 @@ def test_auto_on_the_cpu_is_silent_and_is_the_reference():
     assert torch.equal(y, named(x))
     for operation in ("build_tree", "attend"):
         assert _backend.resolve("auto", operation, CPU) == "reference"
+
+
+def both_forms(dtype: torch.dtype = torch.float32, **options: object) -> list[str]:
+    """The warnings of a layer whose parallel and sequential forms are run without gradients, and agree."""
+    layer, x = LogarithmicMemory(8, 2, 2, dtype=dtype, **options), torch.randn(2, 6, 8, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        expected, state, pool = layer(x), layer.init_state(2), layer.init_state(2, max_position=6)
+        for t in range(6):
+            y, state = layer.step(x[:, t : t + 1], state)
+            torch.testing.assert_close(y, expected[:, t : t + 1])
+            torch.testing.assert_close(layer.step_(x[:, t : t + 1], pool), y)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.ext
+def test_the_extension_steps_on_the_cpu_in_silence(extension):
+    assert _backend.resolve("auto", "step", CPU) == _backend.resolve("cpp", "step", CPU) == "cpp"
+    assert both_forms() == both_forms(step_backend="cpp") == []
+
+
+def test_without_the_extension_the_step_alone_says_so_and_once(no_extension):
+    assert both_forms() == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {no_extension}"]
+    assert both_forms() == []
+
+
+def test_the_reference_by_name_is_silent(no_extension):
+    assert both_forms(backend="reference") == both_forms(step_backend="reference") == []
+
+
+def test_no_kernel_is_missed_in_float64(no_extension):
+    assert both_forms(torch.float64) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for operation in _backend.OPERATIONS:
+            for device in (CPU, CUDA):
+                assert _backend.resolve("auto", operation, device, torch.float64) == "reference"
+                with pytest.raises(BackendError, match="float64"):
+                    _backend.resolve(_backend.preferred(operation, CUDA), operation, CUDA, torch.float64)
+
+
+@pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
+def test_the_sequential_form_has_a_backend_of_its_own(kind, no_extension):
+    """Which follows the parallel one's to the reference, and nowhere else."""
+    for backend, expected in (("auto", "auto"), ("triton", "auto"), ("reference", "reference")):
+        assert kind(8, backend=backend).step_backend == expected
+        assert kind(8, backend=backend, step_backend="cpp").step_backend == "cpp"
+    with pytest.raises(ValueError, match="step_backend: expected one of auto, reference, triton, cpp, got 'gpp'"):
+        kind(8, step_backend="gpp")
+    x, layer = torch.randn(1, 1, 8), kind(8, step_backend="cpp")
+    y = layer(x)
+    with torch.no_grad(), pytest.raises(BackendError, match=f"'cpp' cannot serve step on cpu: {no_extension}"):
+        layer.step(x, layer.init_state(1))
+    with pytest.raises(BackendError, match="'cpp' cannot serve step on cpu"):
+        layer.step_(x, layer.init_state(1, max_position=1))
+    with pytest.raises(BackendError, match="'cpp' cannot serve step: gradients"):
+        layer.step(x, layer.init_state(1))
+    layer.step_backend = "reference"
+    torch.testing.assert_close(layer.step(x, layer.init_state(1))[0], y)
 
 
 @pytest.mark.parametrize("operation", _backend.OPERATIONS)
@@ -153,11 +226,20 @@ def test_auto_falls_back_with_one_warning_that_names_the_reason(monkeypatch, ope
         assert part in text
 
 
-def test_kernels_that_no_gpu_has_run_serve_by_name_alone(monkeypatch):
-    monkeypatch.setattr(_backend, "why_not", lambda backend, operation, *_: None)
-    with pytest.warns(RuntimeWarning, match="have not run on a GPU yet; backend='triton'"):
-        assert _backend.resolve("auto", "attend", CUDA) == "reference"
-    assert _backend.resolve("triton", "attend", CUDA) == "triton"
+@pytest.mark.parametrize("operation, backend", [("attend", "triton"), ("step", "cpp")])
+def test_what_no_gpu_has_run_serves_by_name_alone(monkeypatch, operation, backend):
+    monkeypatch.setattr(_backend, "why_not", lambda *_: None)
+    with pytest.warns(RuntimeWarning, match=f"not run on a GPU yet;.*backend.*'{backend}'"):
+        assert _backend.resolve("auto", operation, CUDA) == "reference"
+    assert _backend.resolve(backend, operation, CUDA) == backend
+
+
+def test_what_is_unproven_on_one_device_is_not_on_another(monkeypatch):
+    monkeypatch.setattr(_backend, "why_not", lambda *_: None)
+    assert all(backend in _backend.BACKENDS and kind == "cuda" for backend, kind in _backend.UNPROVEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _backend.resolve("auto", "step", CPU) == "cpp"
 
 
 def test_another_reason_is_another_warning(monkeypatch):
@@ -180,17 +262,29 @@ def test_without_a_gpu_cuda_falls_back(operation):
     assert len(caught) == 1 and reason in str(caught[0].message)
 
 
-def test_falling_back_while_tracing_breaks_no_graph():
-    """A warning in the middle of a traced function would be a graph break."""
-    refusal(_backend.preferred("attend", CUDA), "attend", CUDA)
+def resolved_while_tracing(operation: str, device: torch.device) -> int:
+    """How long the name is of the backend that a traced function finds."""
+    torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def traced(x):
-        return x + len(_backend.resolve("auto", "attend", CUDA))
+        return x + len(_backend.resolve("auto", operation, device))
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert traced(torch.zeros(1)).item() == len("reference")
+        return int(traced(torch.zeros(1)))
+
+
+def test_falling_back_while_tracing_breaks_no_graph(no_extension):
+    """A warning in the middle of a traced function would be a graph break."""
+    refusal(_backend.preferred("attend", CUDA), "attend", CUDA)
+    for operation, device in (("attend", CUDA), ("step", CUDA), ("step", CPU)):
+        assert resolved_while_tracing(operation, device) == len("reference")
+
+
+@pytest.mark.ext
+def test_the_extension_is_found_while_tracing(extension):
+    assert resolved_while_tracing("step", CPU) == len("cpp")
 
 
 def run_info(**env: str) -> str:
@@ -220,6 +314,7 @@ def cpu_lines(text: str) -> dict[str, str]:
     return dict(line.strip().split(": ", 1) for line in lines)
 
 
+@pytest.mark.filterwarnings("ignore:lmn_kernels. step on cpu runs on")  # where the extension is not built
 def test_info_tells_what_resolve_does(monkeypatch):
     for value in ("", "reference"):
         monkeypatch.setenv("LMN_KERNELS_BACKEND", value)
@@ -247,14 +342,14 @@ def test_importing_the_module_leaves_the_function():
 
 
 def test_importing_is_light():
-    """Neither Triton nor an optional package, and no CUDA context; not after a step of training on the CPU either."""
+    """No Triton, extension or optional package, and no CUDA context; not after a step of training on the CPU either."""
     code = """
 import sys, torch
 before = set(sys.modules)
 import lmn_kernels, lmn_kernels._info
 heavy = ("triton", "transformers", "safetensors", "hypothesis", "tqdm", "bench", "pytest")
 for _ in range(2):
-    found = {name for name in set(sys.modules) - before if name.split(".")[0] in heavy}
+    found = {name for name in set(sys.modules) - before if name.split(".")[0] in heavy or name == "lmn_kernels._C"}
     assert not found, found
     assert not torch.cuda.is_initialized()
     layer = lmn_kernels.LogarithmicMemory(8, 2, 2)

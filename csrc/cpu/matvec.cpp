@@ -134,7 +134,8 @@ LMN_INLINE void dots_f32(const float* w, int64_t stride, int64_t k, const float*
     }
   for (int r = 0; r < ROWS; ++r)
     for (int o = 0; o < OUTS; ++o) {
-      float sum = total(low[r][o]) + total(high[r][o]);
+      low[r][o] += high[r][o];
+      float sum = total(low[r][o]);
       for (int64_t s = i; s < k; ++s) sum += x[r * ldx + s] * w[o * stride + s];
       y[r * ldy + o] += sum;
     }
@@ -169,7 +170,8 @@ LMN_INLINE void dots_bf16(const uint16_t* w, int64_t stride, int64_t k, const fl
     }
   for (int r = 0; r < ROWS; ++r)
     for (int o = 0; o < OUTS; ++o) {
-      float sum = total(low[r][o]) + total(high[r][o]);
+      low[r][o] += high[r][o];
+      float sum = total(low[r][o]);
       for (int64_t s = 2 * i; s < k; ++s)
         sum += (s % 2 ? odds : evens)[r * lds + s / 2] * widen(w[o * stride + s]);
       y[r * ldy + o] += sum;
@@ -187,10 +189,13 @@ LMN_INLINE void out_major_bf16(const Operand& w, int64_t k, int64_t begin, int64
   for (; n < end; ++n) dots_bf16<ROWS, 1>(weight + n * w.stride, w.stride, k, evens, odds, lds, y + n, ldy);
 }
 
-// exp of values of at most 0, with an error of 1e-7: degree 6 on [-ln 2 / 2, ln 2 / 2]; 0 below -87, NaN for NaN.
+// exp of values of at most 0, with an error of 1e-7: degree 6 on [-ln 2 / 2, ln 2 / 2]. What lies below -87 counts
+// as -87, 2e-38; NaN stays NaN. No branch and no conversion, so that a loop of it is vectors.
 LMN_INLINE float exp_of_negative(float value) {
-  const float clamped = value > -87.0f ? value : -87.0f;
-  const float whole = std::nearbyint(clamped * 1.44269504f);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: behind the sum, the low bits are the nearest integer
+  const float clamped = value < -87.0f ? -87.0f : value;
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float whole = shifted - kRound;
   const float rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
   float sum = 1.9875692e-4f;
   sum = sum * rest + 1.3981999e-3f;
@@ -199,8 +204,7 @@ LMN_INLINE float exp_of_negative(float value) {
   sum = sum * rest + 1.6666666e-1f;
   sum = sum * rest + 5.0e-1f;
   sum = sum * rest * rest + rest + 1.0f;
-  const float power = as_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
-  return value >= -87.0f ? sum * power : value < -87.0f ? 0.0f : value;
+  return sum * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 
 LMN_INLINE float dot(const float* a, const float* b, int64_t count) {
@@ -297,19 +301,44 @@ LMN_CLONES void add_pair(const Operand& w, int64_t side, int64_t k, int64_t begi
     }
 }
 
+// out[0 ... CHUNKS * kLanes) = factor * sum_s weight[s] * v[s][from ...]
+template <int CHUNKS>
+static LMN_INLINE void mix(const float* const* v, int64_t slots, int64_t from, const float* weight, float factor,
+                           float* out) {
+  F8 sum[CHUNKS];
+  for (int c = 0; c < CHUNKS; ++c) sum[c] = splat(0.0f);
+  for (int64_t s = 0; s < slots; ++s)
+    for (int c = 0; c < CHUNKS; ++c) sum[c] += splat(weight[s]) * load8<F8>(v[s] + from + c * kLanes);
+  for (int c = 0; c < CHUNKS; ++c) store8(out + c * kLanes, sum[c] * splat(factor));
+}
+
 LMN_CLONES void attend_head(const float* const* q, const float* const* v, int64_t slots, int64_t from, int64_t size,
                             float scale, const float* k, float* weight, float* out) {
   float largest = -INFINITY;
   for (int64_t s = 0; s < slots; ++s) weight[s] = dot(q[s] + from, k, size) * scale;
   for (int64_t s = 0; s < slots; ++s) largest = weight[s] > largest ? weight[s] : largest;
-  float sum = 0.0f;
   for (int64_t s = 0; s < slots; ++s) weight[s] = exp_of_negative(weight[s] - largest);
+  float sum = 0.0f;
   for (int64_t s = 0; s < slots; ++s) sum += weight[s];
-  for (int64_t d = 0; d < size; ++d) out[d] = 0.0f;
-  for (int64_t s = 0; s < slots; ++s)
-    for (int64_t d = 0; d < size; ++d) out[d] += weight[s] * v[s][from + d];
-  const float inverse = 1.0f / sum;
-  for (int64_t d = 0; d < size; ++d) out[d] *= inverse;
+  const float factor = 1.0f / sum;
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) mix<4>(v, slots, from + d, weight, factor, out + d);
+  for (; d + kLanes <= size; d += kLanes) mix<1>(v, slots, from + d, weight, factor, out + d);
+  for (; d < size; ++d) {
+    float single = 0.0f;
+    for (int64_t s = 0; s < slots; ++s) single += weight[s] * v[s][from + d];
+    out[d] = single * factor;
+  }
+}
+
+LMN_CLONES float sum_of_squares(const float* values, int64_t count) { return dot(values, values, count); }
+
+LMN_CLONES void silu(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = values[i];
+    const float power = exp_of_negative(x < 0.0f ? x : -x);
+    values[i] = x * (x < 0.0f ? power : 1.0f) / (1.0f + power);
+  }
 }
 
 LMN_CLONES void load(const void* from, Type type, int64_t offset, int64_t count, float* to) {

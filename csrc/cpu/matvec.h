@@ -34,6 +34,11 @@ void add_pair(const Operand& w, int64_t side, int64_t k, int64_t begin, int64_t 
 void attend_head(const float* const* q, const float* const* v, int64_t slots, int64_t from, int64_t size, float scale,
                  const float* k, float* weight, float* out);
 
+float sum_of_squares(const float* values, int64_t count);
+
+// values = values * sigmoid(values)
+void silu(float* values, int64_t count);
+
 // Conversions between float32 and a state's or a parameter's type.
 void load(const void* from, Type type, int64_t offset, int64_t count, float* to);
 void store(const float* from, int64_t count, Type type, void* to, int64_t offset);

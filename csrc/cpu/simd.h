@@ -84,7 +84,15 @@ LMN_INLINE uint16_t narrow(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// The sum of the lanes, in a fixed order.
-LMN_INLINE float total(const F8& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+// The sum of the lanes, in a fixed order: halves, then quarters, then neighbours.
+LMN_INLINE float total(F8 v) {
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
 
 }  // namespace lmn

@@ -7,7 +7,7 @@
 //   2. level by level, the rest of the merges
 //   3. q and v of tokens and new nodes, k of tokens
 //   4. attention over the slots as they stood at each token
-//   5. the output projection, and the state
+//   5. the output projection, the feed-forward of a block, and the state
 //
 // Threads share the columns of each product and meet between these phases. No result depends on the shape
 // of a block or on the number of threads, to the bit: see matvec.h.
@@ -27,6 +27,7 @@ namespace lmn {
 namespace {
 
 constexpr int64_t kBlock = 8;
+constexpr int64_t kMaxLevels = 62;  // of positions below 2^62
 // Matrix bytes that are worth a thread of their own: the threads meet a handful of times a block.
 constexpr int64_t kBytesPerThread = 512 * 1024;
 // Columns that two threads may share no part of: a cache line of float32, and whole groups of vector lanes.
@@ -47,12 +48,13 @@ struct Node {
   int64_t level;
   int64_t base;
   int64_t rows;
-  int64_t left;  // which holds its left half: a node of this block, or of level 0 a token; -1 for the state
+  int64_t left;  // where its left half is: a row of the new nodes, or for level 1 a token; -1 for the state
 };
 
 struct Scratch {
-  std::vector<float> vectors;  // [tokens, E], then the new nodes [rows, m, E]
-  std::vector<float> query, value, key, mixed, result;
+  std::vector<float> input;    // [tokens, E] of x
+  std::vector<float> vectors;  // [tokens, E] as the mixing sees them, then the new nodes [rows, m, E]
+  std::vector<float> query, value, key, mixed, result, hidden;
   std::vector<float> left, right;  // inputs of the merges, [rows, m, E] each
   std::vector<float> taps;         // [rows, m, E * (1 + k)] of the expander
   std::vector<Node> nodes;
@@ -94,12 +96,14 @@ class Block {
     e_ = step.embedding;
     wide_ = step.bank * e_;
     plan();
+    input_ = Scratch::sized(scratch->input, count_ * e_);
     vectors_ = Scratch::sized(scratch->vectors, count_ * e_ + rows_ * wide_);
     query_ = Scratch::sized(scratch->query, count_ * e_ + rows_ * wide_);
     value_ = Scratch::sized(scratch->value, count_ * e_ + rows_ * wide_);
     key_ = Scratch::sized(scratch->key, count_ * e_);
     mixed_ = Scratch::sized(scratch->mixed, count_ * e_);
     result_ = Scratch::sized(scratch->result, count_ * e_);
+    hidden_ = Scratch::sized(scratch->hidden, count_ * step.hidden);
     left_ = Scratch::sized(scratch->left, rows_ * wide_);
     right_ = Scratch::sized(scratch->right, rows_ * wide_);
     if (step.expander_weight) taps_ = Scratch::sized(scratch->taps, rows_ * wide_ * (1 + step.expand));
@@ -107,7 +111,10 @@ class Block {
 
   void run(const Team& team) {
     if (team.id == 0)
-      for (int64_t t = 0; t < count_; ++t) load(step_.x, step_.type, tokens_[t].source, e_, vectors_ + t * e_);
+      for (int64_t t = 0; t < count_; ++t) {
+        load(step_.x, step_.type, tokens_[t].source, e_, input_ + t * e_);
+        normalize(input_ + t * e_, step_.mixing_norm, step_.mixing_eps, vectors_ + t * e_);
+      }
     team.meet();
     merge(team);
     project(team);
@@ -124,29 +131,18 @@ class Block {
  private:
   // Lists the new nodes, level by level, and says where the left half of each is.
   void plan() {
-    std::vector<Node>& nodes = scratch_->nodes;
-    nodes.clear();
-    int64_t highest = 0;
-    for (int64_t t = 0; t < count_; ++t) highest = std::max(highest, tokens_[t].chain);
-    for (int64_t level = 1; level <= highest; ++level) {
+    scratch_->nodes.clear();
+    for (int64_t t = 0; t < count_; ++t) highest_ = std::max(highest_, tokens_[t].chain);
+    for (int64_t level = 1; level <= highest_; ++level)
       for (int64_t t = 0; t < count_; ++t) {
+        const bool follows = t > 0 && tokens_[t - 1].slot == tokens_[t].slot;
+        newest_[t][level] = follows ? newest_[t - 1][level] : -1;
         if (tokens_[t].chain < level) continue;
-        Node node{t, level, rows_, stack_height(level, step_.expand), -1};
-        for (int64_t before = t - 1; before >= 0 && tokens_[before].slot == tokens_[t].slot; --before) {
-          if (tokens_[before].chain < level - 1) continue;
-          node.left = level == 1 ? before : find(before, level - 1);
-          break;
-        }
-        nodes.push_back(node);
-        rows_ += node.rows;
+        newest_[t][level] = rows_;
+        const int64_t left = !follows ? -1 : level == 1 ? t - 1 : newest_[t - 1][level - 1];
+        scratch_->nodes.push_back({t, level, rows_, stack_height(level, step_.expand), left});
+        rows_ += scratch_->nodes.back().rows;
       }
-    }
-  }
-
-  int64_t find(int64_t token, int64_t level) const {
-    for (size_t i = 0; i < scratch_->nodes.size(); ++i)
-      if (scratch_->nodes[i].token == token && scratch_->nodes[i].level == level) return static_cast<int64_t>(i);
-    return -1;
   }
 
   float* fresh(int64_t row) const { return vectors_ + count_ * e_ + row * wide_; }
@@ -162,7 +158,7 @@ class Block {
     if (node.level == 1) {
       from = kept ? nullptr : vectors_ + (right ? node.token : node.left) * e_;
     } else if (!kept) {
-      from = fresh(scratch_->nodes[right ? find(node.token, node.level - 1) : node.left].base);
+      from = fresh(right ? newest(node.token, node.level - 1) : node.left);
     }
     const int64_t stored = node.level == 1 ? token.slot * step_.slot_token
                                            : token.slot * step_.slot_nodes + state_rows(node.level - 2, step_.expand) * wide_;
@@ -304,26 +300,38 @@ class Block {
     }
   }
 
-  // Rows of `from` [rows, E] through a linear layer, for this thread's columns.
-  void linear(const Team& team, const Projection& layer, int64_t rows, const float* from, float* to) const {
+  // RMSNorm of one vector, a copy where there is none.
+  void normalize(const float* from, const void* weight, float eps, float* to) const {
+    if (!weight) {
+      std::copy(from, from + e_, to);
+      return;
+    }
+    load(weight, step_.type, 0, e_, to);
+    const float factor = 1.0f / std::sqrt(sum_of_squares(from, e_) / static_cast<float>(e_) + eps);
+    for (int64_t i = 0; i < e_; ++i) to[i] *= from[i] * factor;
+  }
+
+  // Rows of `from` [rows, in] through a linear layer to `to` [rows, out], for this thread's columns.
+  void linear(const Team& team, const Projection& layer, int64_t in, int64_t out, int64_t rows, const float* from,
+              float* to) const {
     int64_t begin, end;
-    team.share(e_, kUnit, &begin, &end);
+    team.share(out, kUnit, &begin, &end);
     if (begin == end) return;
-    for (int64_t r = 0; r < rows; ++r) load(layer.bias, step_.type, begin, end - begin, to + r * e_ + begin);
-    add_out_major({layer.weight, step_.type, e_}, e_, begin, end, rows, from, e_, to, e_);
+    for (int64_t r = 0; r < rows; ++r) load(layer.bias, step_.type, begin, end - begin, to + r * out + begin);
+    add_out_major({layer.weight, step_.type, in}, in, begin, end, rows, from, in, to, out);
   }
 
   void project(const Team& team) const {
     const int64_t rows = count_ + rows_ * step_.bank;
     // The state keeps q and v of nodes; those of tokens are for their own step only.
     if (step_.y) {
-      linear(team, step_.query, rows, vectors_, query_);
-      linear(team, step_.value, rows, vectors_, value_);
-      linear(team, step_.key, count_, vectors_, key_);
+      linear(team, step_.query, e_, e_, rows, vectors_, query_);
+      linear(team, step_.value, e_, e_, rows, vectors_, value_);
+      linear(team, step_.key, e_, e_, count_, vectors_, key_);
     } else {
       const int64_t skip = count_ * e_;
-      linear(team, step_.query, rows - count_, vectors_ + skip, query_ + skip);
-      linear(team, step_.value, rows - count_, vectors_ + skip, value_ + skip);
+      linear(team, step_.query, e_, e_, rows - count_, vectors_ + skip, query_ + skip);
+      linear(team, step_.value, e_, e_, rows - count_, vectors_ + skip, value_ + skip);
     }
     if (step_.state_type == Type::f32) return;
     int64_t begin, end;
@@ -335,11 +343,7 @@ class Block {
   }
 
   // Where the newest node of a level stood at a token: its first row among the new nodes, or -1 for the state.
-  int64_t newest(int64_t token, int64_t level) const {
-    for (int64_t t = token; t >= 0 && tokens_[t].slot == tokens_[token].slot; --t)
-      if (tokens_[t].chain >= level) return scratch_->nodes[find(t, level)].base;
-    return -1;
-  }
+  int64_t newest(int64_t token, int64_t level) const { return level > highest_ ? -1 : newest_[token][level]; }
 
   void attend(const Team& team) const {
     thread_local Slots slots;
@@ -394,11 +398,35 @@ class Block {
   }
 
   void finish(const Team& team) const {
-    linear(team, step_.out, count_, mixed_, result_);
     int64_t begin, end;
     team.share(e_, kUnit, &begin, &end);
+    linear(team, step_.out, e_, e_, count_, mixed_, result_);
+    if (step_.mixing_norm) add(input_, begin, end);
+    if (step_.feedforward_norm) feed_forward(team);
     for (int64_t t = 0; t < count_; ++t)
       store(result_ + t * e_ + begin, end - begin, step_.type, step_.y, tokens_[t].target + begin);
+  }
+
+  void add(const float* from, int64_t begin, int64_t end) const {
+    for (int64_t t = 0; t < count_; ++t)
+      for (int64_t i = begin; i < end; ++i) result_[t * e_ + i] += from[t * e_ + i];
+  }
+
+  void feed_forward(const Team& team) const {
+    int64_t begin, end;
+    team.meet();
+    if (team.id == 0)
+      for (int64_t t = 0; t < count_; ++t)
+        normalize(result_ + t * e_, step_.feedforward_norm, step_.feedforward_eps, input_ + t * e_);
+    team.meet();
+    linear(team, step_.up, e_, step_.hidden, count_, input_, hidden_);
+    team.share(step_.hidden, kUnit, &begin, &end);
+    for (int64_t t = 0; t < count_; ++t) silu(hidden_ + t * step_.hidden + begin, end - begin);
+    team.meet();
+    // What the layer adds goes where the attention's output no longer is.
+    linear(team, step_.down, step_.hidden, e_, count_, hidden_, mixed_);
+    team.share(e_, kUnit, &begin, &end);
+    add(mixed_, begin, end);
   }
 
   void save(const Team& team) const {
@@ -429,8 +457,9 @@ class Block {
   const Token* tokens_;
   const int64_t count_;
   Scratch* const scratch_;
-  int64_t e_, wide_, rows_ = 0;
-  float *vectors_, *query_, *value_, *key_, *mixed_, *result_, *left_, *right_, *taps_ = nullptr;
+  int64_t e_, wide_, rows_ = 0, highest_ = 0;
+  int64_t newest_[kBlock][kMaxLevels + 1];
+  float *input_, *vectors_, *query_, *value_, *key_, *mixed_, *result_, *hidden_, *left_, *right_, *taps_ = nullptr;
 };
 
 // All tokens of the rows first ... last-1, `span` tokens of each in a block.
@@ -478,7 +507,7 @@ void step_cpu(const Step& step, int64_t threads) {
   threads = 1;
 #endif
   const int64_t e = step.embedding, size = step.type == Type::f32 ? 4 : 2;
-  const int64_t bytes = size * (4 * e * e + 2 * step.bank * e * (step.bank * e / step.groups));
+  const int64_t bytes = size * (4 * e * e + 2 * step.hidden * e + 2 * step.bank * e * (step.bank * e / step.groups));
   const int64_t team = std::max<int64_t>(1, std::min(threads, bytes / kBytesPerThread));
   if (groups >= threads && threads > 1 && (team == 1 || groups >= 2 * threads)) {
 #ifdef _OPENMP

@@ -1,0 +1,59 @@
+"""The step as a Python loop of ATen operations with cached q and v: what one would write without the extension.
+
+Batch 1, the linear summarizer, weights packed beforehand, one product for q, k and v, one for the banks of a
+level and one for q and v of all new nodes; the attention reads views of the cached rows. Used as the baseline
+of `bench.step_speed`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmn_kernels import LogarithmicMixing, MemoryState
+
+PARTS = ("weight", "bias")
+
+
+class AtenStep:
+    """A layer's parameters packed for the loop, and a state of its own."""
+
+    def __init__(self, layer: LogarithmicMixing, state: MemoryState):
+        sva, summarizer = layer.sva, layer.summarizer
+        self.heads, self.bank, self.size = layer.heads, layer.bank, layer.embedding
+        self.qkv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.k, sva.v)]) for name in PARTS)
+        self.qv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.v)]) for name in PARTS)
+        self.out = sva.out_proj.weight, sva.out_proj.bias
+        self.weight, self.bias = summarizer.merge().weight[:, 0], summarizer.merge().bias[:, None]  # type: ignore
+        self.position = int(state.position[0])
+        dtype = sva.q.weight.dtype
+        self.token = state.token.to(dtype)
+        self.nodes = list(state.nodes[0].to(dtype).unbind(0))  # [m, E] of each level
+        # Slot 0 is the token itself.
+        self.q, self.v = (F.pad(part[0].to(dtype).flatten(0, 1), (0, 0, 1, 0)) for part in (state.q, state.v))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [1, E]`` → ``y [1, E]``."""
+        self.position += 1
+        crossed, level, bank = self.position & -self.position, 1, self.bank
+        left, new, fresh = self.token.expand(bank, -1), x.expand(bank, -1), []
+        while crossed >> level:
+            pair = torch.cat([left, new], 1)[:, None]
+            new = torch.baddbmm(self.bias, pair, self.weight)[:, 0]
+            left, self.nodes[level - 1] = self.nodes[level - 1], new
+            fresh.append(new)
+            level += 1
+        if fresh:
+            q, v = F.linear(torch.cat(fresh), *self.qv).chunk(2, 1)
+            self.q[1 : 1 + len(q)], self.v[1 : 1 + len(v)] = q, v
+        self.token = x
+        q, k, v = F.linear(x, *self.qkv).chunk(3, 1)
+        self.q[:1], self.v[:1] = q, v
+        slots = 1 + bank * (self.position.bit_length() - 1)
+        query = self.q[:slots].view(slots, self.heads, -1).transpose(0, 1)
+        value = self.v[:slots].view(slots, self.heads, -1).transpose(0, 1)
+        score = torch.bmm(query, k.view(self.heads, -1, 1)) * query.shape[-1] ** -0.5
+        weight = torch.softmax(score, 1)
+        mixed = torch.bmm(weight.transpose(1, 2), value)
+        return F.linear(mixed.view(1, -1), *self.out)
