@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def parameter(module: Any, name: str) -> Tensor:
@@ -15,3 +15,14 @@ def parameter(module: Any, name: str) -> Tensor:
 
 def weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
     return parameter(module, "weight"), parameter(module, "bias")
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module does what ``kind`` does with its parameters, and nothing of a user's besides."""
+    calls_its_own = getattr(type(module), "forward", None) is kind.forward and "forward" not in module.__dict__
+    return calls_its_own and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a weight and a bias are all there is to say; a parametrization may make them."""
+    return is_plain(module, nn.Linear) and module._parameters.get("bias", module) is not None

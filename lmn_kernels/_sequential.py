@@ -76,6 +76,8 @@ class SequentialForm(LayerBase):
                 assert new_state is not None
                 return y, new_state
             plan = self._make_plan()
+            if plan is not None and not plan.serves(self, x_t, state):
+                plan = None
         try:
             return self._step_compiled(x_t, state) if plan is None else plan.step(x_t, state)
         except (AttributeError, TypeError, ValueError):
@@ -121,6 +123,8 @@ class SequentialForm(LayerBase):
             TypeError, ValueError: an argument does not fit; the message names it.
             RuntimeError: a row has no room for its tokens (CUDA: its output is NaN instead).
         """
+        if slots is not None:
+            check_tensor("slots", slots)
         plan = self.__dict__.get("_plan")
         with torch.no_grad():
             if plan is not None and not torch.compiler.is_compiling() and plan.serves(self, x, state):
@@ -157,6 +161,8 @@ class SequentialForm(LayerBase):
         summarizer, expander = modules.get("summarizer"), modules.get("expander")
         if not isinstance(summarizer, LinearMapSummarizer):
             raise TypeError("summarizer: expected a linear one, got a callable, which runs on the reference alone")
+        if not modules["sva"].has_plain_output():
+            raise TypeError("sva.out_proj: expected a Linear with a bias and without hooks; others run in `step` alone")
         kind, merge = summarizer.step_form()
         tensors = modules["sva"].step_tensors() + merge
         return (tensors if expander is None else tensors + expander.step_tensors()), kind
@@ -179,6 +185,8 @@ class SequentialForm(LayerBase):
             reason = "torch.autocast is active"
         elif not isinstance(self._modules.get("summarizer"), LinearMapSummarizer):
             reason = "the summarizer is a callable"
+        elif not self.sva.has_plain_output():
+            reason = "the output projection is not a plain Linear"
         elif isinstance(state, MemoryState) and state.token.dtype not in _STATE_DTYPES.get(device.type, ()):
             reason = f"the state is kept in {state.token.dtype}"
         if reason is None:

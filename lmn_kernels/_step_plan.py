@@ -36,7 +36,7 @@ class StepPlan:
             for module in modules
             for holder in (module._modules, module._parameters)
             for name, value in holder.items()
-        )
+        ) + tuple((module.__dict__, "eps", module.eps) for module in modules if "eps" in module.__dict__)
         self.hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
 
     @staticmethod

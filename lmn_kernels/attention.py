@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._checks import check_float, check_shape
+from ._parameters import is_plain_linear
 
 
 class SingleVectorAttention(nn.Module):
@@ -41,6 +42,10 @@ class SingleVectorAttention(nn.Module):
     def node_qv(self, nodes: Tensor) -> Tensor:
         """q and v of nodes by one product: ``[..., E]`` → ``[..., 2E]``."""
         return self._project(nodes, self.q, self.v)
+
+    def has_plain_output(self) -> bool:
+        """Whether weight and bias are all there is to the output projection, the only part that is called."""
+        return is_plain_linear(self._modules["out_proj"])
 
     def step_tensors(self) -> tuple[Tensor, ...]:
         """Weight and bias of q, k, v and out_proj."""

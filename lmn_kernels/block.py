@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import check_positive
 from ._layer import Mix
-from ._parameters import parameter, weight_and_bias
+from ._parameters import is_plain, is_plain_linear, parameter, weight_and_bias
 from .mixing import LogarithmicMixing
 from .state import MemoryState
 
@@ -94,22 +94,21 @@ class LogarithmicMemory(LogarithmicMixing):
     def _around(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         modules: dict[str, Any] = self._modules
         norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))
-        if not _is_plain(norm1, nn.RMSNorm):
+        if not _is_plain_norm(norm1):
             return None
         if feedforward is None or norm2 is None:
             return (parameter(norm1, "weight"),), (_eps(norm1),)
-        if not (_is_plain(norm2, nn.RMSNorm) and _is_plain(feedforward, FeedForward)):
+        if not (_is_plain_norm(norm2) and is_plain(feedforward, FeedForward)):
             return None
         up, down, activation = (feedforward._modules[name] for name in ("fc1", "fc2", "activation"))
-        if not (_is_plain(up, nn.Linear) and _is_plain(down, nn.Linear) and _is_plain(activation, nn.SiLU)):
+        if not (is_plain_linear(up) and is_plain_linear(down) and is_plain(activation, nn.SiLU)):
             return None
         norms = parameter(norm1, "weight"), parameter(norm2, "weight")
         return (*norms, *weight_and_bias(up), *weight_and_bias(down)), (_eps(norm1), _eps(norm2))
 
 
-def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a module does what its class does, and nothing of a user's besides."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+def _is_plain_norm(module: Any) -> bool:
+    return is_plain(module, nn.RMSNorm) and module.elementwise_affine
 
 
 def _eps(norm: Any) -> float:

@@ -7,7 +7,6 @@ import torch
 
 from bench import serve
 
-
 Served = tuple[serve.TinyModel, list[serve.Request], serve.Server]
 
 

@@ -308,7 +308,7 @@ struct Kernel {
 };
 
 template <class P, class S>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Step s, void* space, int64_t t) {
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(const __grid_constant__ Step s, void* space, int64_t t) {
   __shared__ float shared[kWarps][kRows][kColumns];
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const Work w = work_of(s, space);
