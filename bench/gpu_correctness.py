@@ -157,7 +157,7 @@ def _side_stream(trial: Trial) -> None:
 
 
 @contextmanager
-def _filled(fill: bool) -> Iterator[None]:
+def filled(fill: bool) -> Iterator[None]:
     """Deterministic algorithms, with ``torch.empty`` full of NaN or as it comes."""
     flags: Any = torch.utils.deterministic
     before = flags.fill_uninitialized_memory
@@ -180,9 +180,9 @@ def poison(settings: Settings, report: Report) -> None:
         with case(report, f"{kind} E={size} {str(dtype).removeprefix('torch.')} {form}"):
             torch.manual_seed(0)
             trial = Trial(kind, size, dtype, settings)
-            with _filled(False):
+            with filled(False):
                 plain = trial.run(trial.layer, form)
-            with _filled(True):
+            with filled(True):
                 poisoned = trial.run(trial.layer, form)
             for name, a, b in zip(["y", "x", *dict(trial.layer.named_parameters())], plain, poisoned, strict=True):
                 assert torch.isfinite(b).all(), f"{name}: not finite under poison"
@@ -295,8 +295,12 @@ def _many(many: int, form: str, settings: Settings) -> None:
 
 
 def small_runs(device: str) -> None:
-    """What runs under compute-sanitizer: every kernel, forward and backward, on small shapes."""
+    """What runs under compute-sanitizer: every kernel, forward and backward, and steps, on small shapes."""
+    # Imported here, because that module needs this one.
+    from .gpu_decode import small_steps
+
     settings = Settings(device, False, Path())
+    small_steps(settings)
     for kind, size in [*((kind, 64) for kind in KINDS), ("linear", 256)]:
         for dtype in (torch.bfloat16, torch.float32):
             for form in FORMS[:5]:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lmn_kernels import _extension
+
 from .gpu_stage import Report, Row, Settings, Skipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,8 @@ TESTS = [
     "tests/test_close.py",
     "tests/test_golden.py",
     "tests/test_reference.py",
+    "tests/test_step.py",
+    "tests/test_step_precision.py",
     "tests/test_triton_attention.py",
     "tests/test_triton_tree.py",
 ]
@@ -46,6 +50,7 @@ def clocks() -> str | None:
 def facts(settings: Settings, report: Report) -> None:
     """Stage: where and with what everything else is measured."""
     dirty = _output("git", "status", "--porcelain")
+    build, obstacle = _extension.load()
     row: Row = {
         "commit": settings.commit or _output("git", "rev-parse", "HEAD"),
         "dirty": None if dirty is None else bool(dirty),
@@ -55,6 +60,7 @@ def facts(settings: Settings, report: Report) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": None,
+        "extension": obstacle or build,
     }
     if importlib.util.find_spec("triton"):
         row["triton"] = importlib.import_module("triton").__version__
@@ -130,7 +136,8 @@ def _sanitize(program: str, tool: str, seconds: float, report: Report) -> str | 
     script = "from bench.gpu_correctness import small_runs; small_runs('cuda')"
     command = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
     # Only our kernels: instrumenting those of the matrix library takes minutes.
-    command += ["--kernel-name", "kns=attend_", "--kernel-name", "kns=tree_"]
+    for kernel in ("attend_", "tree_", "step_kernel"):
+        command += ["--kernel-name", f"kns={kernel}"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]
     # Without the caching allocator an access past a tensor is one past an allocation.

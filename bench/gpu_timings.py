@@ -134,19 +134,19 @@ class Layer:
                     raise ValueError(f"{name} at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
 
 
-def _attempt(report: Report, what: object, device: torch.device, work: Callable[..., None], *arguments: Any) -> bool:
+def attempt(report: Report, what: object, device: torch.device, work: Callable[..., None], *arguments: Any) -> bool:
     """Run a part of a stage and say whether it succeeded; the next one starts with memory freed in any case."""
     fault = None
     try:
         work(*arguments)
     except Exception as reason:  # out of memory, a wrong result, a kernel's fault: the stage goes on
-        fault = f"{type(reason).__name__}: {_first_line(reason)}"
+        fault = f"{type(reason).__name__}: {first_line(reason)}"
         report({"case": str(what), "fault": fault})
     timing.release(device)
     return fault is None
 
 
-def _first_line(reason: Exception) -> str:
+def first_line(reason: Exception) -> str:
     return str(reason).partition("\n")[0]
 
 
@@ -189,8 +189,8 @@ def kernels(settings: Settings, report: Report) -> None:
 
     shapes = [s for s in shapes_of(settings).values() if timing.free_bytes(device) > 2 * our_peak_bytes(s)]
     # Every shape is warm, and right, before the first is timed.
-    for shape in [s for s in shapes if _attempt(report, f"stages at {s}", device, warm, s)]:
-        _attempt(report, f"stages at {shape}", device, one, shape)
+    for shape in [s for s in shapes if attempt(report, f"stages at {s}", device, warm, s)]:
+        attempt(report, f"stages at {shape}", device, one, shape)
 
 
 def stage_works(shape: Shape, settings: Settings) -> Iterator[tuple[str, Work]]:
@@ -270,10 +270,10 @@ def layers(settings: Settings, report: Report) -> None:
         one(shape, False)
 
     for shape in shapes_of(settings).values():
-        _attempt(report, shape, device, with_or_without, shape)
+        attempt(report, shape, device, with_or_without, shape)
 
 
-def _backends(settings: Settings) -> dict[str, SDPBackend]:
+def backends(settings: Settings) -> dict[str, SDPBackend]:
     if settings.device == "cuda":
         return {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     return {"math": SDPBackend.MATH}
@@ -287,13 +287,13 @@ def attention(settings: Settings, report: Report) -> None:
         this = Layer(shape, settings)
         this.check(report, naive=False)
         forms: dict[str, Form] = {"ours": this.ours}
-        for name, backend in _backends(settings).items():
+        for name, backend in backends(settings).items():
             form = functools.partial(this.attention, backend)
             try:
                 form()
                 forms[name] = form
             except RuntimeError as reason:
-                report({"case": f"{name} at {shape}", "skipped": _first_line(reason)})
+                report({"case": f"{name} at {shape}", "skipped": first_line(reason)})
         for what, key in keys.items():
             works = {name: this.work(what, form, attention=name != "ours") for name, form in forms.items()}
             taken = take_turns(works, clock, settings.turn_seconds)
@@ -302,9 +302,9 @@ def attention(settings: Settings, report: Report) -> None:
     for name in "ACD":
         shape = shapes_of(settings)[name]
         beside = {what: f"beside attention, {what}" for what in ("forward", "training")}
-        _attempt(report, shape, device, one, shape, beside)
+        attempt(report, shape, device, one, shape, beside)
     for shape in QUICK_CROSSOVER if settings.quick else CROSSOVER:
-        _attempt(report, shape, device, one, shape, {"training": "crossover"})
+        attempt(report, shape, device, one, shape, {"training": "crossover"})
 
 
 def small(settings: Settings, report: Report) -> None:
@@ -321,8 +321,8 @@ def small(settings: Settings, report: Report) -> None:
         taken = take_turns({name: wrap(work) for name, work in works.items()}, clock, settings.turn_seconds, calls)
         _report_turns(taken, what, what, shape.name, report)
 
-    _attempt(report, f"eager at {shape}", device, one, "eager", lambda work: work)
-    _attempt(report, f"graph at {shape}", device, one, "graph", lambda work: timing.graphed(work, device))
+    attempt(report, f"eager at {shape}", device, one, "eager", lambda work: work)
+    attempt(report, f"graph at {shape}", device, one, "graph", lambda work: timing.graphed(work, device))
 
 
 def scaling(settings: Settings, report: Report) -> None:
@@ -341,8 +341,8 @@ def scaling(settings: Settings, report: Report) -> None:
 
     shapes = QUICK_SCALING if settings.quick else SCALING
     shapes = [shape for shape in shapes if timing.free_bytes(device) > 1.5 * our_peak_bytes(shape)]
-    for shape in [shape for shape in shapes if _attempt(report, f"L = {shape.name}", device, warm, shape)]:
-        _attempt(report, f"L = {shape.name}", device, one, shape)
+    for shape in [shape for shape in shapes if attempt(report, f"L = {shape.name}", device, warm, shape)]:
+        attempt(report, f"L = {shape.name}", device, one, shape)
 
 
 def compiled(settings: Settings, report: Report) -> None:

@@ -12,6 +12,7 @@ from . import _env, _extension
 
 OPERATIONS = ("build_tree", "attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
+IMPLEMENTED = {"reference": OPERATIONS, "triton": ("build_tree", "attend"), "cpp": ("step",)}
 
 # Backends that serve a type of device only who asks for them by name: these kernels were compiled, but have
 # not run on a GPU. To be taken out with the first green result of `bench.gpu_check`.
@@ -82,14 +83,17 @@ def check_name(backend: str, name: str = "backend") -> None:
         raise ValueError(f"{name}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def wanted(backend: str) -> str:
-    """The backend that is asked for, by the argument or, where that is ``"auto"``, by the environment."""
-    if backend == "auto":
-        backend = _env.backend()
-        check_name(backend, _env.BACKEND)
-    else:
+def wanted(backend: str, operation: str) -> str:
+    """The backend that is asked for: by the argument or, where that is ``"auto"``, by the environment.
+
+    The environment speaks for all operations at once: where what it names does not implement one, that is ``"auto"``.
+    """
+    if backend != "auto":
         check_name(backend)
-    return backend
+        return backend
+    backend = _env.backend()
+    check_name(backend, _env.BACKEND)
+    return backend if backend == "auto" or operation in IMPLEMENTED[backend] else "auto"
 
 
 def resolve(
@@ -104,7 +108,7 @@ def resolve(
         ValueError: no such backend.
         BackendError: the named backend cannot serve the call.
     """
-    asked = wanted(backend)
+    asked = wanted(backend, operation)
     if torch.compiler.is_compiling():
         chosen, reason = choose(asked, operation, device, dtype, head_size)
     else:

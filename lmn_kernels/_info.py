@@ -57,7 +57,7 @@ def _extension_line() -> str:
 def _uses(operation: str, device: torch.device) -> str:
     """What a float32 call with ``backend="auto"`` runs on, and why it is not something faster."""
     try:
-        asked = _backend.wanted("auto")
+        asked = _backend.wanted("auto", operation)
     except ValueError as error:
         return f"an error ({error})"
     chosen, reason = _backend.choose(asked, operation, device, torch.float32)

@@ -94,7 +94,8 @@ class LayerBase(nn.Module):
         return state.with_room(state.max_position + tokens)
 
     def _nodes(self, flat: Tensor, sequences: Sequences, token: Tensor | None, carried: Tensor | None) -> Tensor:
-        summarizer, named = self.summarizer, _backend.wanted(self.backend) not in ("auto", "reference")
+        summarizer, asked = self.summarizer, _backend.wanted(self.backend, "build_tree")
+        named = asked not in ("auto", "reference")
         if isinstance(summarizer, LinearMapSummarizer):
             # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
             # Kernels take the folded form alone.
@@ -107,8 +108,7 @@ class LayerBase(nn.Module):
                 return build_tree(flat, merge, sequences, token=token, carried=carried, backend=self.backend)
         elif named:
             raise _backend.BackendError(
-                f"backend={_backend.wanted(self.backend)!r} cannot serve build_tree: "
-                "a callable summarizer runs on the reference alone"
+                f"backend={asked!r} cannot serve build_tree: a callable summarizer runs on the reference alone"
             )
         layout = self._layout(sequences, flat.device)
         return build_tree_with(self._merge, flat, self.bank, token, carried, layout)

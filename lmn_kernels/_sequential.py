@@ -177,7 +177,7 @@ class SequentialForm(LayerBase):
         Raises:
             BackendError: the extension was asked for by name, and cannot serve.
         """
-        device, asked = x_t.device, _backend.wanted(self.step_backend)
+        device, asked = x_t.device, _backend.wanted(self.step_backend, "step")
         reason = None
         if torch.is_grad_enabled() and (x_t.requires_grad or any(p.requires_grad for p in self.parameters())):
             reason = "gradients are recorded"

@@ -118,7 +118,7 @@ def test_the_sequential_form_has_a_backend_of_its_own(kind, no_extension):
         layer.step(x, layer.init_state(1))
     with pytest.raises(BackendError, match="'cpp' cannot serve step on cpu"):
         layer.step_(x, layer.init_state(1, max_position=1))
-    with pytest.raises(BackendError, match="'cpp' cannot serve step: gradients"):
+    with pytest.raises(BackendError, match="'cpp' cannot serve step on cpu: gradients are recorded"):
         layer.step(x, layer.init_state(1))
     layer.step_backend = "reference"
     torch.testing.assert_close(layer.step(x, layer.init_state(1))[0], y)
@@ -197,6 +197,18 @@ def test_the_variable_chooses_the_reference_where_kernels_would_be(monkeypatch):
     assert _backend.resolve("auto", "attend", CUDA) != "reference"
     monkeypatch.setenv("LMN_KERNELS_BACKEND", "reference")
     assert _backend.resolve("auto", "attend", CUDA) == "reference"
+
+
+def test_the_variable_leaves_what_its_backend_does_not_have_to_auto(monkeypatch):
+    """One variable for all operations: naming the kernels of the tree must not forbid a step."""
+    monkeypatch.setattr(_backend, "why_not", lambda backend, operation, *_: None)
+    monkeypatch.setattr(_backend, "UNPROVEN", {})
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "triton")
+    assert _backend.resolve("auto", "attend", CUDA) == "triton"
+    assert _backend.resolve("auto", "step", CUDA) == "cpp"
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "cpp")
+    assert _backend.resolve("auto", "attend", CPU) == "reference"
+    assert _backend.resolve("auto", "step", CPU) == "cpp"
 
 
 def test_a_variable_with_a_typo_is_an_error(monkeypatch):
