@@ -137,7 +137,8 @@ def extension(wanted: str):
         print(f"lmn_kernels: the CUDA half is not built: {reason}", file=sys.stderr)
         cuda, archs = "none", "none"
     baked = {"VERSION": version(), "TORCH": torch.__version__, "CUDA_VERSION": cuda, "ARCHS": archs}
-    flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-fno-math-errno"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     if os.name == "nt":
         flags = ["/O2", "/openmp"]
     elif sys.platform != "darwin":

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import gpu_configs, gpu_correctness, gpu_programs, gpu_timings
+from . import gpu_configs, gpu_correctness, gpu_decode, gpu_decode_timings, gpu_programs, gpu_timings
 from .checkpoint import write_file
 from .errors import RunError
 from .gpu_shapes import DIRECTIONS, GOALS, NOT_MEASURED, STAGES, Shape, floor_ms
@@ -40,14 +40,17 @@ ALL = [
     Stage("determinism", "20 equal runs", "check", 50, gpu_correctness.determinism),
     Stage("layers", "layers in every form against float64; side streams", "check", 90, gpu_correctness.layers, 8),
     Stage("large", "past 2^31 elements and 65,535 sequences", "check", 50, gpu_correctness.large),
+    Stage("decode", "the extension's step against float64 and itself", "check", 60, gpu_decode.decode, 4),
+    Stage("replay", "a step as a CUDA graph, replayed 1,000 times", "check", 40, gpu_decode.replay),
     Stage("sanitizer", "compute-sanitizer, where it is installed", "check", 80, gpu_programs.sanitizer),
     Stage("ceilings", "copy bandwidth and matrix products of this run", "timing", 30, gpu_timings.ceilings),
     Stage("kernels", "stages of a layer one by one", "timing", 60, gpu_timings.kernels),
     Stage("time_layers", "layers against the materialising form, with memory", "timing", 70, gpu_timings.layers),
     Stage("attention", "layers against causal attention, flash and cuDNN", "timing", 70, gpu_timings.attention),
+    Stage("time_decode", "a token against attention over a KV cache", "timing", 100, gpu_decode_timings.time_decode),
     Stage("small", "shape P, eager and as CUDA graphs", "timing", 40, gpu_timings.small),
     Stage("scaling", "8k to 1M tokens", "timing", 40, gpu_timings.scaling),
-    Stage("compiled", "the materialising form under torch.compile", "timing", 200, gpu_timings.compiled),
+    Stage("compiled", "the materialising form under torch.compile", "timing", 120, gpu_timings.compiled),
 ]
 
 
@@ -174,6 +177,7 @@ def table(record: Mapping[str, Any]) -> str:
         cells = shares.setdefault((row["shape"], row["direction"]), [])
         cells.append(f"{row['stage']} {row['ms']:.4g} ms {row['floor_share']:.0%}")
     lines += [f"{shape} {way:8} of the floor: {', '.join(cells)}" for (shape, way), cells in shares.items()]
+    lines += gpu_decode_timings.summary(values)
     lines.append(f"{'goal':>4}  {'what':44} {'bar':>12} {'limit':>9} {'measured':>9}  met")
     for row in record["goals"]:
         met = {True: "yes", False: "no", None: "-"}[row["met"]]
@@ -193,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the record and the log; made if missing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses on the reference")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses on what there is")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for all stages; {BUDGET:g}")
     parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[s.name for s in ALL], help="these stages alone")

@@ -28,7 +28,7 @@ Report = Callable[[Row], None]
 Item = TypeVar("Item")
 
 # Imported once by the server that stages are forked from. None of them touches a device when imported.
-PRELOAD = ["bench.gpu_programs", "bench.gpu_correctness", "bench.gpu_decode", "bench.gpu_timings"]
+PRELOAD = ["bench.gpu_programs", "bench.gpu_correctness", "bench.gpu_timings", "bench.gpu_decode_timings"]
 
 
 class Skipped(Exception):

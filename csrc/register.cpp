@@ -328,6 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& x,
                                                                 int64_t expand, Tensors block,
                                                                 at::ArrayRef<double> eps) {
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x_t: expected shape [batch, 1, embedding], got ", x.sizes());
+  refuse_gradients(x, {position, token, nodes, q, v}, weights, block);  // the copies require none
   const Tensor advanced[] = {copy(position), copy(token), copy(nodes), copy(q), copy(v)};
   const State state{advanced[0], advanced[1], advanced[2], advanced[3], advanced[4]};
   Call call;
@@ -361,6 +362,9 @@ struct Layer {
   std::string summarizer;
   int64_t heads, expand;
   std::vector<double> eps;
+  // Where the weights came from: (name, module) of the layer's own modules, (dictionary, key, value) of everything
+  // below, and hooks. None of it refers back to the layer, which so is freed with its last name.
+  py::tuple children, sources, hooks;
   at::DeviceType device;  // for which, and for which dtype, it was decided that this serves
   at::ScalarType dtype;
 
@@ -375,26 +379,25 @@ struct Layer {
 bool is_long(const at::Tensor& x) { return x.numel() * (x.dim() ? x.size(-1) : 1) > 64 * 64; }
 
 // Whether a plan of `_step_plan.py` still holds: x is a plain tensor of the kind it was made for, no gradient is
-// recorded and nothing is cast or watched, `children` (name, module) are those of `modules`, every source
-// (dictionary, key, value) is as it was, and all hooks are empty. Borrowed references throughout.
-bool ready(const Layer& layer, const py::dict& modules, const py::tuple& children, const py::tuple& sources,
-           const py::tuple& hooks, const py::handle& x, const at::Tensor& token) {
+// recorded and nothing is cast or watched, the layer's modules and everything below are as they were, and all hooks
+// are empty. Borrowed references throughout.
+bool ready(const Layer& layer, const py::dict& modules, const py::handle& x, const at::Tensor& token) {
   if (!THPVariable_CheckExact(x.ptr()) || at::GradMode::is_enabled()) return false;
   if (at::autocast::is_autocast_enabled(layer.device) || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   if (!layer.takes(THPVariable_Unpack(x.ptr()), token)) return false;
   const auto holds = [](PyObject* dictionary, PyObject* key, PyObject* value) {
     return PyDict_GetItemWithError(dictionary, key) == value;
   };
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children.ptr()); ++i) {
-    PyObject* child = PyTuple_GET_ITEM(children.ptr(), i);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layer.children.ptr()); ++i) {
+    PyObject* child = PyTuple_GET_ITEM(layer.children.ptr(), i);
     if (!holds(modules.ptr(), PyTuple_GET_ITEM(child, 0), PyTuple_GET_ITEM(child, 1))) return false;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources.ptr()); ++i) {
-    PyObject* source = PyTuple_GET_ITEM(sources.ptr(), i);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layer.sources.ptr()); ++i) {
+    PyObject* source = PyTuple_GET_ITEM(layer.sources.ptr(), i);
     if (!holds(PyTuple_GET_ITEM(source, 0), PyTuple_GET_ITEM(source, 1), PyTuple_GET_ITEM(source, 2))) return false;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(hooks.ptr()); ++i)
-    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(hooks.ptr(), i)) != 0) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layer.hooks.ptr()); ++i)
+    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(layer.hooks.ptr(), i)) != 0) return false;
   return true;
 }
 
@@ -408,12 +411,13 @@ PYBIND11_MODULE(_C, m) {
   using at::Tensor;
   py::class_<Layer>(m, "Layer")
       .def(py::init([](std::vector<Tensor> weights, std::string summarizer, int64_t heads, int64_t expand,
-                       std::vector<Tensor> block, std::vector<double> eps) {
+                       std::vector<Tensor> block, std::vector<double> eps, py::tuple children, py::tuple sources,
+                       py::tuple hooks) {
         TORCH_CHECK_VALUE(!weights.empty(), "weights: expected at least one tensor, got none");
         const at::DeviceType device = weights[0].device().type();
         const at::ScalarType dtype = weights[0].scalar_type();
-        return Layer{std::move(weights), std::move(block), std::move(summarizer), heads, expand, std::move(eps),
-                     device,             dtype};
+        return Layer{std::move(weights),  std::move(block),   std::move(summarizer), heads,  expand, std::move(eps),
+                     std::move(children), std::move(sources), std::move(hooks),      device, dtype};
       }))
       .def("ready", ready)
       .def(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from python_ref import step as ref_step
 from python_ref.layout import level_count
@@ -67,8 +68,8 @@ class SequentialForm(LayerBase):
             TypeError, ValueError: an argument does not fit; the message names it.
             RuntimeError: the state is exhausted.
         """
-        plan = self.__dict__.get("_plan")
-        if plan is None or torch.compiler.is_compiling() or not plan.serves(self, x_t, state):
+        plan = None if is_compiling() else self.__dict__.get("_plan")
+        if plan is None or not plan.serves(self, x_t, state):
             check_tensor("x_t", x_t)
             if self._step_served_by(x_t, state) == "reference":
                 fitted = self._check_step(x_t, state)
@@ -87,7 +88,7 @@ class SequentialForm(LayerBase):
     def _make_plan(self) -> StepPlan | None:
         """What the next steps need not find out again; None where it might not hold for them."""
         self.__dict__.pop("_plan", None)
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or self._around() is None:
+        if is_compiling() or torch._C._len_torch_dispatch_stack() or self._around() is None:
             return None
         weights = self.step_weights()
         if not StepPlan.fits(self, weights):
@@ -127,7 +128,7 @@ class SequentialForm(LayerBase):
             check_tensor("slots", slots)
         plan = self.__dict__.get("_plan")
         with torch.no_grad():
-            if plan is not None and not torch.compiler.is_compiling() and plan.serves(self, x, state):
+            if plan is not None and not is_compiling() and plan.serves(self, x, state):
                 return plan.step_(x, state, slots)
             self._check_input(x)
             if autocasts(x.device.type):
@@ -179,7 +180,8 @@ class SequentialForm(LayerBase):
         """
         device, asked = x_t.device, _backend.wanted(self.step_backend, "step")
         reason = None
-        if torch.is_grad_enabled() and (x_t.requires_grad or any(p.requires_grad for p in self.parameters())):
+        given = (x_t, *state.slots()) if isinstance(state, MemoryState) else (x_t,)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *self.parameters())):
             reason = "gradients are recorded"
         elif autocasts(device.type):
             reason = "torch.autocast is active"

@@ -17,27 +17,29 @@ from torch import Tensor, nn
 from .decoding import StepWeights
 from .state import MemoryState
 
+_new, _set = object.__new__, object.__setattr__
+
 
 class StepPlan:
     """A layer's weights as the extension holds them (csrc/register.cpp, ``Layer``), and where they came from."""
 
-    __slots__ = ("backend", "children", "expand", "hooks", "native", "sources")
+    __slots__ = ("backend", "expand", "native")
 
     native: Any
 
     def __init__(self, owner: nn.Module, weights: StepWeights, backend: str):
-        self.native = importlib.import_module("lmn_kernels._C").Layer(*weights)
         self.expand, self.backend = weights.expand, backend
         modules: list[Any] = list(owner.modules())[1:]
-        self.children = tuple(owner._modules.items())
         # (dictionary, key, what was found there)
-        self.sources = tuple(
+        sources = tuple(
             (holder, name, value)
             for module in modules
             for holder in (module._modules, module._parameters)
             for name, value in holder.items()
-        ) + tuple((module.__dict__, "eps", module.eps) for module in modules if "eps" in module.__dict__)
-        self.hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
+        )
+        hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
+        extension = importlib.import_module("lmn_kernels._C")
+        self.native = extension.Layer(*weights, tuple(owner._modules.items()), sources, hooks)
 
     @staticmethod
     def fits(owner: nn.Module, weights: StepWeights) -> bool:
@@ -49,22 +51,26 @@ class StepPlan:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""
         return (
             type(state) is MemoryState
-            and self.native.ready(owner._modules, self.children, self.sources, self.hooks, x, state.token)
+            and self.native.ready(owner._modules, x, state.token)
             and state.expand == self.expand
             and owner.step_backend == self.backend
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        last = state.max_position + 1
-        if last >> (state.levels + 1):
+        levels, last = state.levels, state.max_position + 1
+        if last >> (levels + 1):
             state = state.with_room(last)
+            levels = state.levels
         y, position, token, nodes, q, v = self.native.step(
             x_t, state.position, state.token, state.nodes, state.q, state.v
         )
-        return y, MemoryState.of({
+        # Without the price of a frozen dataclass's constructor.
+        new = _new(MemoryState)
+        _set(new, "__dict__", {
             "position": position, "token": token, "nodes": nodes, "q": q, "v": v,
-            "expand": self.expand, "levels": state.levels, "max_position": last,
+            "expand": self.expand, "levels": levels, "max_position": last,
         })  # fmt: skip
+        return y, new
 
     def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
         y = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +72,6 @@ class MemoryState:
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
         return cls(position, token, nodes, q, v, expand, levels, 0)
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> MemoryState:
-        """A state of all its fields, without the price of a frozen dataclass's constructor."""
-        state = object.__new__(cls)
-        object.__setattr__(state, "__dict__", fields)
-        return state
 
     @property
     def batch_size(self) -> int:

@@ -17,29 +17,37 @@ from tests.variants import VARIANTS, Variant
 PARTS = ("position", "token", "nodes", "q", "v")
 
 
-class Block(Variant):
-    """A whole block, whose norms weigh every feature differently."""
+class Layer(Variant):
+    """One whose biases are not zero, and whose norms weigh every feature differently."""
 
     def layer(self, dtype: torch.dtype = torch.float64, **more) -> LogarithmicMixing:
+        layer = self.made(dtype, **more)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter) / 4)
+        return layer
+
+    def made(self, dtype: torch.dtype, **more) -> LogarithmicMixing:
+        return super().layer(dtype, **more)
+
+
+class Block(Layer):
+    def made(self, dtype: torch.dtype, **more) -> LogarithmicMixing:
         kind = ExpanderSummarizerLogarithmicMemory if "expand" in self.options else LogarithmicMemory
         options = {"init": "variance_preserving", **self.options, **more}
-        layer = kind(self.embedding, self.heads, self.bank, dtype=dtype, **options)
-        with torch.no_grad():
-            for norm in (layer.norm1, layer.norm2):
-                if norm is not None:
-                    norm.weight.add_(torch.randn_like(norm.weight) / 4)
-        return layer
+        return kind(self.embedding, self.heads, self.bank, dtype=dtype, **options)
 
 
 CALLABLE = ("module", "function", "expander_module")  # summarizers that only the reference can call
 LAYERS = [
-    *(variant for variant in VARIANTS if variant.name not in CALLABLE),
+    *(Layer(v.name, v.embedding, v.heads, v.bank, v.options) for v in VARIANTS if v.name not in CALLABLE),
     # Wide enough for whole vector registers, their tails, and several columns, rows and pieces of every product.
-    Variant("wide_72_conv_mixed", 72, 3, 2, {"summarizer": "conv_mixed"}),
-    Variant("wide_96", 96, 4, 3),
-    Variant("wide_136_separable_expander", 136, 2, 2, {"summarizer": "depthwise_separable", "expand": 1}),
-    Variant("wide_300", 300, 5, 2),
-    Variant("wide_300_expander_k2", 300, 3, 1, {"expand": 2}),
+    Layer("wide_72_conv_mixed", 72, 3, 2, {"summarizer": "conv_mixed"}),
+    Layer("wide_96", 96, 4, 3),
+    Layer("wide_136_separable_expander", 136, 2, 2, {"summarizer": "depthwise_separable", "expand": 1}),
+    Layer("wide_300", 300, 5, 2),
+    Layer("wide_300_expander_k2", 300, 3, 1, {"expand": 2}),
     Block("block", 12, 3, 2),
     Block("block_expander", 8, 2, 2, {"expand": 1, "feedforward_mult": 1, "summarizer": "conv"}),
     Block("block_without_feedforward", 8, 4, 1, {"feedforward_mult": 0}),

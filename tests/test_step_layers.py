@@ -150,6 +150,25 @@ def saved_and_loaded(layer: LogarithmicMemory) -> LogarithmicMemory:
 
 
 @torch.no_grad()
+def test_states_of_any_dtype():
+    """Those that the extension does not know are the reference's, one after the other with one layer."""
+    layer, x = BY_NAME["block"].layer(F32), torch.randn(2, 1, 12)
+    for dtype in (F32, torch.float16, F32, torch.float64, BF16, F32):
+        state = started(layer, [3, 7], 1, dtype)
+        expected, end = exact_steps(BY_NAME["block"], layer, x, state)
+        y, new = layer.step(x, state)
+        assert_close("step", y, expected, tolerance(dtype, F32))
+        assert_close("step_", layer.step_(x, state), expected, tolerance(dtype, F32))
+        for kept in (new, state):
+            assert kept.nodes.dtype == kept.token.dtype == dtype
+            assert_state_close(kept, end, tolerance(dtype, F32))
+    layer.step_backend = "cpp"
+    for run in (layer.step, layer.step_):
+        with pytest.raises(RuntimeError, match="cannot serve step.*the state is kept in torch.float16"):
+            run(x, started(layer, [3, 7], 1, torch.float16))
+
+
+@torch.no_grad()
 def test_a_patched_output_projection():
     layer, x = BY_NAME["block"].layer(F32), torch.randn(2, 7, 12)
     patched(layer)

@@ -238,6 +238,15 @@ def test_gradients_that_would_be_lost_are_refused(run, backend):
 
 @extension
 def test_a_named_extension_does_not_record(backend):
-    layer = layer_of(backend)
+    """Nor does its operation, of which copies take no gradient."""
+    layer, x = layer_of(backend), torch.randn(1, 1, 12)
     with pytest.raises(RuntimeError, match="cannot serve step.*gradients are recorded"):
-        layer.step(torch.randn(1, 1, 12), layer.init_state(1))
+        layer.step(x, layer.init_state(1))
+    layer.requires_grad_(False)
+    state = started(layer, [3], 1)
+    for name in PARTS[1:]:
+        wanting = part(**{name: lambda t: t.clone().requires_grad_()})(state)
+        with pytest.raises(RuntimeError, match="cannot serve step.*gradients are recorded"):
+            layer.step(x, wanting)
+        with pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"):
+            torch.ops.lmn_kernels.step.default(x, *wanting.slots(), *layer.step_weights())

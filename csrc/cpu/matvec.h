@@ -29,7 +29,8 @@ void add_out_major(const Operand& w, int64_t k, int64_t begin, int64_t end, int6
 void add_pair(const Operand& w, int64_t side, int64_t k, int64_t begin, int64_t end, int64_t rows, const float* x,
               int64_t ldx, float* y, int64_t ldy);
 
-// Attention of one head, whose features begin at `from` in every slot; `weight` holds [slots] in between.
+// Attention of one head, whose features begin at `from` in every slot; `weight` is space for the
+// slots, in whole groups of eight.
 //   out[d] = sum_s softmax_s(scale * q[s] . k)[s] * v[s][d]
 void attend_head(const float* const* q, const float* const* v, int64_t slots, int64_t from, int64_t size, float scale,
                  const float* k, float* weight, float* out);

@@ -370,28 +370,33 @@ class Block {
     const int64_t count = 1 + state_rows(levels, step_.expand) * step_.bank;
     slots->query.resize(count);
     slots->value.resize(count);
-    slots->weight.resize(count);
+    slots->weight.resize(count + 8);
     const bool narrow = step_.state_type != Type::f32;
     float* wide = narrow ? Scratch::sized(slots->wide, 2 * count * size) : nullptr;
-    slots->query[0] = query_ + t * e_ + from;
-    slots->value[0] = value_ + t * e_ + from;
-    int64_t next = 1;
+    const float **query = slots->query.data(), **value = slots->value.data();
+    *query++ = query_ + t * e_ + from;
+    *value++ = value_ + t * e_ + from;
     for (int64_t level = 1; level <= levels; ++level) {
       const int64_t rows = stack_height(level, step_.expand) * step_.bank, base = newest(t, level);
+      if (base >= 0) {
+        const int64_t row = (count_ + base * step_.bank) * e_ + from;
+        for (int64_t r = 0; r < rows; ++r) {
+          *query++ = query_ + row + r * e_;
+          *value++ = value_ + row + r * e_;
+        }
+        continue;
+      }
       const int64_t kept = token.slot * step_.slot_nodes + state_rows(level - 1, step_.expand) * wide_ + from;
-      for (int64_t r = 0; r < rows; ++r, ++next) {
-        if (base >= 0) {
-          slots->query[next] = query_ + (count_ + base * step_.bank + r) * e_ + from;
-          slots->value[next] = value_ + (count_ + base * step_.bank + r) * e_ + from;
-        } else if (narrow) {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (narrow) {
           load(step_.q, step_.state_type, kept + r * e_, size, wide);
           load(step_.v, step_.state_type, kept + r * e_, size, wide + size);
-          slots->query[next] = wide;
-          slots->value[next] = wide + size;
+          *query++ = wide;
+          *value++ = wide + size;
           wide += 2 * size;
         } else {
-          slots->query[next] = static_cast<const float*>(step_.q) + kept + r * e_;
-          slots->value[next] = static_cast<const float*>(step_.v) + kept + r * e_;
+          *query++ = static_cast<const float*>(step_.q) + kept + r * e_;
+          *value++ = static_cast<const float*>(step_.v) + kept + r * e_;
         }
       }
     }
