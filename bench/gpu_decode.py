@@ -30,7 +30,7 @@ STATE = ("position", "token", "nodes", "q", "v")
 
 @dataclass(frozen=True)
 class Given:
-    """A layer, and how many rows it takes. ``feedforward``, a width in units of E, makes it a block."""
+    """A layer, and how many rows take part. ``feedforward``, a width in units of E, makes it a block."""
 
     kind: str
     embedding: int
@@ -46,7 +46,7 @@ class Given:
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 if name.endswith("bias") or "norm" in name:
-                    parameter += torch.randn_like(parameter) / 4
+                    parameter.add_(torch.randn_like(parameter) / 4)
         return layer
 
     def _new(self, dtype: torch.dtype, settings: Settings) -> LogarithmicMixing:
@@ -128,13 +128,15 @@ class Trial:
     def __init__(self, given: Given, dtype: torch.dtype, kept: torch.dtype, settings: Settings, tokens: int = 3):
         device, rows = settings.torch_device, given.rows
         self.dtype, self.kept, self.layer = dtype, kept, given.layer(dtype, settings)
+        self.refuses = device.type == "cpu"
         self.weights = self.layer.step_weights()
         position = torch.tensor([POSITIONS[i % len(POSITIONS)] for i in range(rows + 2)], device=device)
         self.start = made_up(self.layer, position, kept, (1 << 32) + tokens)
-        self.slots = torch.randperm(rows + 2)[:rows].to(device, torch.int32)
-        self.slots[1] = -1
-        # Its rows are not side by side.
-        self.x = torch.randn(rows, 2 * tokens, given.embedding, device=device).to(dtype)[:, ::2]
+        # The last two slots belong to nobody, and two rows to no slot.
+        self.slots = torch.randperm(rows + 2).to(device, torch.int32)
+        self.slots[self.slots >= rows] = -1
+        # Tokens that do not lie side by side.
+        self.x = torch.randn(rows + 2, 2 * tokens, given.embedding, device=device).to(dtype)[:, ::2]
 
     def run(self, slots: Tensor | None = None, fill: bool = True) -> tuple[MemoryState, Tensor]:
         state = self.start.clone()
@@ -199,10 +201,10 @@ class Trial:
         try:
             y = decode_(x, pool, self.weights, backend="cpp")
         except RuntimeError as refusal:
-            assert "exhausted" in str(refusal) and x.device.type == "cpu", str(refusal)
+            assert "exhausted" in str(refusal) and self.refuses, str(refusal)
             same("the pool of a refused call", pool, before)
             return
-        assert x.device.type == "cuda", "a row without room was not refused"
+        assert not self.refuses, "a row without room was not refused"
         assert y[0].isnan().all() and y[1].isfinite().all(), "NaN is not what the row without room gets, and it alone"
         assert pool.position.tolist() == [7, 4], f"expected positions 7 and 4, got {pool.position.tolist()}"
         first = self.slots.new_zeros(1)
@@ -224,9 +226,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def no_waiting(device: torch.device) -> Iterator[None]:
+def no_waiting(settings: Settings) -> Iterator[None]:
     """Whatever makes the host wait for the device is an error."""
-    if device.type != "cuda":
+    if settings.device != "cuda":
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
@@ -235,6 +237,19 @@ def no_waiting(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def beside(settings: Settings) -> Iterator[None]:
+    """On a side stream, where what is captured later has to be warmed up."""
+    if settings.device != "cuda":
+        yield
+        return
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
 
 
 def replay(settings: Settings, report: Report) -> None:
@@ -268,21 +283,14 @@ def replayed(given: Given, dtype: torch.dtype, kept: torch.dtype, settings: Sett
     def step() -> Tensor:
         return layer.step_(x, pool, slots)
 
-    if device.type == "cuda":
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream(device).wait_stream(side)
-    else:
+    with beside(settings):
         for _ in range(3):
             step()
     row["moved by warming up"] = int((pool.position - start.position).max())
     assert row["moved by warming up"] == 3, "the warm-up has not run"
     pool.restore(start)
     same("the pool that a snapshot was put back into", pool, start)
-    if device.type == "cuda":
+    if settings.device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = step()
@@ -294,7 +302,7 @@ def replayed(given: Given, dtype: torch.dtype, kept: torch.dtype, settings: Sett
             return y
     else:
         again = step
-    with no_waiting(device):
+    with no_waiting(settings):
         expected[0].copy_(layer.step_(xs[0], other, orders[0]))
         for t in range(count):
             x.copy_(xs[t])

@@ -23,23 +23,24 @@ _new, _set = object.__new__, object.__setattr__
 class StepPlan:
     """A layer's weights as the extension holds them (csrc/register.cpp, ``Layer``), and where they came from."""
 
-    __slots__ = ("backend", "expand", "native")
+    __slots__ = ("backend", "expand", "heads", "native")
 
     native: Any
 
     def __init__(self, owner: nn.Module, weights: StepWeights, backend: str):
-        self.expand, self.backend = weights.expand, backend
+        self.expand, self.heads, self.backend = weights.expand, weights.heads, backend
         modules: list[Any] = list(owner.modules())[1:]
         # (dictionary, key, what was found there)
-        sources = tuple(
+        sources = [
             (holder, name, value)
             for module in modules
             for holder in (module._modules, module._parameters)
             for name, value in holder.items()
-        )
+        ]
+        sources += [(module.__dict__, "eps", module.eps) for module in modules if "eps" in module.__dict__]
         hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
         extension = importlib.import_module("lmn_kernels._C")
-        self.native = extension.Layer(*weights, tuple(owner._modules.items()), sources, hooks)
+        self.native = extension.Layer(*weights, tuple(owner._modules.items()), tuple(sources), hooks)
 
     @staticmethod
     def fits(owner: nn.Module, weights: StepWeights) -> bool:
@@ -54,6 +55,7 @@ class StepPlan:
             and self.native.ready(owner._modules, x, state.token)
             and state.expand == self.expand
             and owner.step_backend == self.backend
+            and owner.heads == self.heads
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
