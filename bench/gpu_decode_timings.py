@@ -260,7 +260,7 @@ def one_size(sizes: Sizes, memory: Tensor, end: float, settings: Settings, repor
             turn = functools.partial(ours.turn, token, ours.where(n, apart=True), tokens)
             found[f"apart/{sizes.name(n)}"] = turn, tokens * ours.count, facts | {"what": "rows at different positions"}
         if sizes.cache(n) > memory.nbytes:
-            reason = f"a cache of {sizes.cache(n) / 1e9:.0f} GB does not fit, with {RESERVE / 1e9:.0f} GB to spare"
+            reason = f"a cache of {sizes.cache(n) / 1e9:.3g} GB does not fit, with {RESERVE / 1e9:.0f} GB to spare"
             report({"case": f"kv at {sizes.name(n)}", "skipped": reason})
             continue
         try:
