@@ -1,8 +1,8 @@
 """The step as a Python loop of ATen operations with cached q and v: what one would write without the extension.
 
 Batch 1, the linear summarizer, weights packed beforehand, one product for q, k and v, one for the banks of a
-level and one for q and v of all new nodes; the attention reads views of the cached rows. Used as the baseline
-of `bench.step_speed`.
+level and one for q and v of all new nodes; the attention reads views of the cached rows, as products and a
+softmax, or by PyTorch's fused attention. Used as the baselines of `bench.step_speed`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ PARTS = ("weight", "bias")
 
 
 class AtenStep:
-    """A layer's parameters packed for the loop, and a state of its own."""
+    """A layer's parameters packed for the loop, and a state of its own.
 
-    def __init__(self, layer: LogarithmicMixing, state: MemoryState):
+    Args:
+        fused: whether the attention is one call of ``scaled_dot_product_attention``.
+    """
+
+    def __init__(self, layer: LogarithmicMixing, state: MemoryState, fused: bool):
+        self.fused = fused
         sva, summarizer = layer.sva, layer.summarizer
         self.heads, self.bank, self.size = layer.heads, layer.bank, layer.embedding
         self.qkv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.k, sva.v)]) for name in PARTS)
@@ -37,7 +42,9 @@ class AtenStep:
         """``x [1, E]`` → ``y [1, E]``."""
         self.position += 1
         crossed, level, bank = self.position & -self.position, 1, self.bank
-        left, new, fresh = self.token.expand(bank, -1), x.expand(bank, -1), []
+        left, new, fresh = self.token, x, []
+        if not crossed & 1:
+            left, new = left.expand(bank, -1), new.expand(bank, -1)
         while crossed >> level:
             pair = torch.cat([left, new], 1)[:, None]
             new = torch.baddbmm(self.bias, pair, self.weight)[:, 0]
@@ -53,7 +60,11 @@ class AtenStep:
         slots = 1 + bank * (self.position.bit_length() - 1)
         query = self.q[:slots].view(slots, self.heads, -1).transpose(0, 1)
         value = self.v[:slots].view(slots, self.heads, -1).transpose(0, 1)
-        score = torch.bmm(query, k.view(self.heads, -1, 1)) * query.shape[-1] ** -0.5
-        weight = torch.softmax(score, 1)
-        mixed = torch.bmm(weight.transpose(1, 2), value)
-        return F.linear(mixed.view(1, -1), *self.out)
+        if self.fused:
+            # The roles are swapped against ordinary attention: one key asks all slots.
+            mixed = F.scaled_dot_product_attention(k.view(1, self.heads, 1, -1), query[None], value[None])
+        else:
+            score = torch.bmm(query, k.view(self.heads, -1, 1)) * query.shape[-1] ** -0.5
+            weight = torch.softmax(score, 1)
+            mixed = torch.bmm(weight.transpose(1, 2), value)
+        return F.linear(mixed.reshape(1, -1), *self.out)

@@ -28,6 +28,11 @@ inline void check_shape(const char* name, const at::Tensor& tensor, std::initial
 }
 
 inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
+  // Subclasses and lazy views have no memory of their own to be read.
+  constexpr c10::DispatchKeySet kOther({c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor,
+                                        c10::DispatchKey::Negative});
+  TORCH_CHECK_TYPE(tensor.has_storage() && !tensor.key_set().has_any(kOther), name,
+                   ": expected a plain tensor, got a subclass or a lazy view");
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", tensor.scalar_type());
 }
 

@@ -73,6 +73,8 @@ void describe_state(Call& call, const State& state, int64_t expand, at::Device d
                     state.nodes.sizes());
   step.bank = state.nodes.size(2);
   const int64_t rows = state.nodes.size(1);
+  TORCH_CHECK_VALUE(step.bank > 0 && step.embedding > 0,
+                    "state.nodes: expected a bank and an embedding of at least 1, got shape ", state.nodes.sizes());
   step.expand = expand;
   while (state_rows(step.levels, expand) < rows) ++step.levels;
   TORCH_CHECK_VALUE(state_rows(step.levels, expand) == rows, "state.nodes: expected the rows of whole levels with expand=",
@@ -211,7 +213,7 @@ void check_rows(const Step& step) {
     const int64_t position = step.position[slot];
     TORCH_CHECK(position >= 0 && position <= capacity(step.levels) - step.tokens, "state: exhausted: slot ", slot,
                 " is at position ", position, ", and its ", step.levels, " levels have room up to ",
-                capacity(step.levels));
+                capacity(step.levels), "; state.with_room(n) makes more");
   }
 }
 
@@ -257,8 +259,11 @@ void describe(Call& call, const Tensor& x, const OptionalTensor& slots, const St
     TORCH_CHECK_VALUE(step.rows == step.pool, "x: expected a row for each of ", step.pool, " slots, got ", step.rows);
   }
   Tensor dense = x;
-  if (x.stride(2) != 1) {
-    dense = x.contiguous();
+  // What is written must not be what is still to be read.
+  const bool shared = x.numel() && (x.is_alias_of(state.token) || x.is_alias_of(state.nodes) ||
+                                    x.is_alias_of(state.q) || x.is_alias_of(state.v));
+  if (shared || x.stride(2) != 1) {
+    dense = x.clone(at::MemoryFormat::Contiguous);
     call.held.push_back(dense);
   }
   step.x = dense.const_data_ptr();
@@ -364,7 +369,7 @@ struct Layer {
   std::vector<double> eps;
   // Where the weights came from: (name, module) of the layer's own modules, (dictionary, key, value) of everything
   // below, and hooks. None of it refers back to the layer, which so is freed with its last name.
-  py::tuple children, sources, hooks;
+  py::tuple children, sources, hooks, plain;
   at::DeviceType device;  // for which, and for which dtype, it was decided that this serves
   at::ScalarType dtype;
 
@@ -384,7 +389,17 @@ bool is_long(const at::Tensor& x) { return x.numel() * (x.dim() ? x.size(-1) : 1
 bool ready(const Layer& layer, const py::dict& modules, const py::handle& x, const at::Tensor& token) {
   if (!THPVariable_CheckExact(x.ptr()) || at::GradMode::is_enabled()) return false;
   if (at::autocast::is_autocast_enabled(layer.device) || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
-  if (!layer.takes(THPVariable_Unpack(x.ptr()), token)) return false;
+  // torch.func has its own tensors, which look like any other.
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
+  const at::Tensor& given = THPVariable_Unpack(x.ptr());
+  if (!layer.takes(given, token) || !given.has_storage() || given.is_neg() || given._is_zerotensor()) return false;
+  if (PyDict_GET_SIZE(modules.ptr()) != PyTuple_GET_SIZE(layer.children.ptr())) return false;
+  static PyObject* const forward = PyUnicode_InternFromString("forward");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layer.plain.ptr()); ++i) {
+    PyObject* module = PyTuple_GET_ITEM(layer.plain.ptr(), i);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(module, 0))) != PyTuple_GET_ITEM(module, 1)) return false;
+    if (PyDict_GetItemWithError(PyTuple_GET_ITEM(module, 2), forward)) return false;
+  }
   const auto holds = [](PyObject* dictionary, PyObject* key, PyObject* value) {
     return PyDict_GetItemWithError(dictionary, key) == value;
   };
@@ -409,15 +424,32 @@ PYBIND11_MODULE(_C, m) {
   static const torch::Library cuda = lmn::implementations(c10::DispatchKey::CUDA);
 #endif
   using at::Tensor;
-  py::class_<Layer>(m, "Layer")
+  py::class_<Layer>(m, "Layer", py::custom_type_setup([](PyHeapTypeObject* heap) {
+    PyTypeObject* type = &heap->ht_type;  // what it holds may lead back to the layer
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      const Layer& layer = py::cast<const Layer&>(py::handle(self));
+      for (const py::tuple* held : {&layer.children, &layer.sources, &layer.hooks, &layer.plain}) Py_VISIT(held->ptr());
+      return 0;
+    };
+    type->tp_clear = [](PyObject* self) {
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      Layer& layer = py::cast<Layer&>(py::handle(self));
+      for (py::tuple* held : {&layer.children, &layer.sources, &layer.hooks, &layer.plain}) *held = py::tuple();
+      return 0;
+    };
+  }))
       .def(py::init([](std::vector<Tensor> weights, std::string summarizer, int64_t heads, int64_t expand,
                        std::vector<Tensor> block, std::vector<double> eps, py::tuple children, py::tuple sources,
-                       py::tuple hooks) {
+                       py::tuple hooks, py::tuple plain) {
         TORCH_CHECK_VALUE(!weights.empty(), "weights: expected at least one tensor, got none");
         const at::DeviceType device = weights[0].device().type();
         const at::ScalarType dtype = weights[0].scalar_type();
         return Layer{std::move(weights),  std::move(block),   std::move(summarizer), heads,  expand, std::move(eps),
-                     std::move(children), std::move(sources), std::move(hooks),      device, dtype};
+                     std::move(children), std::move(sources), std::move(hooks),      std::move(plain),
+                     device, dtype};
       }))
       .def("ready", ready)
       .def(

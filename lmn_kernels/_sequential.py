@@ -5,27 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from python_ref import step as ref_step
 from python_ref.layout import level_count
 
-from . import _backend
+from . import _backend, _env
 from ._checks import check_positive, check_shape, check_tensor, concrete
 from ._layer import LayerBase
 from ._library import _OPS
 from ._step_plan import StepPlan
-from .decoding import StepWeights, decode_
-from .functional import autocasts, under_autocast
+from .decoding import StepWeights, decode_, keeps
+from .functional import autocasts, transformed, under_autocast
 from .state import MemoryState
 from .summarizers import LinearMapSummarizer
-
-# What the extension keeps a state in.
-_STATE_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
 
 
 class SequentialForm(LayerBase):
@@ -96,8 +90,16 @@ class SequentialForm(LayerBase):
         plan = self.__dict__["_plan"] = StepPlan(self, weights, self.step_backend)
         return plan
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.__dict__.pop("_plan", None)  # which holds on to the parameters, and so would stop a swap of them
+        return super()._apply(*args, **options)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.__dict__.pop("_plan", None)
+        super()._load_from_state_dict(*args, **options)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_plan"}  # type: ignore
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
     def _check_step(self, x_t: Tensor, state: MemoryState) -> MemoryState:
         """The state with room for one more token."""
@@ -108,8 +110,8 @@ class SequentialForm(LayerBase):
     def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None = None) -> Tensor:
         """T tokens a row, ``x [B, T, E]`` → ``y [B, T, E]``, into a pool of states, in place; for serving.
 
-        No gradients are recorded. Positions are read on their device alone, so that a step can be captured
-        in a CUDA graph and replayed.
+        No gradients are recorded. The extension reads positions on their device alone: with it (on CUDA:
+        ``step_backend="cpp"``) a step can be captured in a CUDA graph and replayed.
 
         Args:
             x: the tokens.
@@ -128,7 +130,8 @@ class SequentialForm(LayerBase):
             check_tensor("slots", slots)
         plan = self.__dict__.get("_plan")
         with torch.no_grad():
-            if plan is not None and not is_compiling() and plan.serves(self, x, state):
+            debugged = isinstance(x, Tensor) and x.is_cuda and _env.debug()
+            if plan is not None and not debugged and not is_compiling() and plan.serves(self, x, state):
                 return plan.step_(x, state, slots)
             self._check_input(x)
             if autocasts(x.device.type):
@@ -183,13 +186,17 @@ class SequentialForm(LayerBase):
         given = (x_t, *state.slots()) if isinstance(state, MemoryState) else (x_t,)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *self.parameters())):
             reason = "gradients are recorded"
+        elif not is_compiling() and transformed():
+            reason = "torch.func or forward-mode differentiation is active"
         elif autocasts(device.type):
             reason = "torch.autocast is active"
         elif not isinstance(self._modules.get("summarizer"), LinearMapSummarizer):
             reason = "the summarizer is a callable"
+        elif any(type(p) not in (Tensor, nn.Parameter) for p in self.parameters()):
+            reason = "a parameter is of a tensor subclass"
         elif not self.sva.has_plain_output():
             reason = "the output projection is not a plain Linear"
-        elif isinstance(state, MemoryState) and state.token.dtype not in _STATE_DTYPES.get(device.type, ()):
+        elif isinstance(state, MemoryState) and not keeps(device.type, x_t.dtype, state.token.dtype):
             reason = f"the state is kept in {state.token.dtype}"
         if reason is None:
             return _backend.resolve(self.step_backend, "step", device, x_t.dtype)

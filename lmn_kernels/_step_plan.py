@@ -12,7 +12,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .decoding import StepWeights
 from .state import MemoryState
@@ -39,14 +41,24 @@ class StepPlan:
         ]
         sources += [(module.__dict__, "eps", module.eps) for module in modules if "eps" in module.__dict__]
         hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
+        # Of each module the class that it was of, and where a forward of its own would stand.
+        plain = tuple((module, type(module), module.__dict__) for module in modules)
         extension = importlib.import_module("lmn_kernels._C")
-        self.native = extension.Layer(*weights, tuple(owner._modules.items()), tuple(sources), hooks)
+        self.native = extension.Layer(*weights, tuple(owner._modules.items()), tuple(sources), hooks, plain)
 
     @staticmethod
     def fits(owner: nn.Module, weights: StepWeights) -> bool:
-        """Whether the weights are the layer's parameters themselves: what is made of them may change unseen."""
+        """Whether the weights are the layer's parameters themselves: what is made of them may change unseen.
+
+        And whether a plan would serve at all: making one takes longer than a step.
+        """
+        below = list(owner.modules())[1:]
+        if torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in below):
+            return False
+        if any("forward" in module.__dict__ for module in below):
+            return False
         own = {id(parameter) for parameter in owner.parameters()}
-        return all(id(tensor) in own for tensor in (*weights.tensors, *weights.block))
+        return all(id(t) in own and type(t) in (Tensor, nn.Parameter) for t in (*weights.tensors, *weights.block))
 
     def serves(self, owner: Any, x: Tensor, state: MemoryState) -> bool:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""
@@ -56,6 +68,7 @@ class StepPlan:
             and state.expand == self.expand
             and owner.step_backend == self.backend
             and owner.heads == self.heads
+            and forward_ad._current_level < 0
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

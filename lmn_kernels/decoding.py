@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ._backend import resolve
+from . import _env
+from ._backend import resolve, wanted
 from ._checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
 from ._library import _OPS, STEP_REFERENCE
 from .state import MemoryState
@@ -34,6 +36,11 @@ class StepWeights(NamedTuple):
     expand: int
     block: tuple[Tensor, ...] = ()
     eps: tuple[float, ...] = ()
+
+
+def keeps(device_type: str, dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
+    """Whether the extension takes tokens of a dtype into a state of another."""
+    return state_dtype in (torch.float32, dtype) or (device_type == "cpu" and state_dtype == torch.bfloat16)
 
 
 def update_(
@@ -89,10 +96,14 @@ def _run(
         # Before the dispatcher: of a device without values (meta) it would run nothing, and say nothing.
         check_tensor("slots", slots)
         check_device("slots", slots, x.device)
-    if resolve(backend, "step", x.device, x.dtype) == "reference":
+    asked = wanted(backend, "step")
+    unfit = asked == "auto" and not keeps(x.device.type, x.dtype, state.token.dtype)
+    if unfit or resolve(backend, "step", x.device, x.dtype) == "reference":
         _check(x, state, weights, slots)
         run = STEP_REFERENCE[name]
     else:
+        if x.is_cuda and _env.debug():
+            _check_rows(x, state, slots)
         run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
     parts = (state.position, state.token, state.nodes, state.q, state.v)
     y = run(x, slots, *parts, tensors, summarizer, heads, expand, block, eps)
@@ -104,7 +115,7 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
     """What csrc/register.cpp checks, for the reference."""
     check_float("x", x)
     check_shape("x", x, (None, None, None), "[batch, tokens, embedding]")
-    rows, tokens, size = x.shape
+    size = x.shape[2]
     pool, bank = state.batch_size, state.nodes.shape[2]
     state.check_for(pool, size, bank, weights.expand, x.device)
     for index, tensor in enumerate((*weights.tensors, *weights.block)):
@@ -117,22 +128,35 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
         check_shape(f"weights[{index + 1}]", weights.tensors[index + 1], (size,), "[embedding]")
     if weights.heads < 1 or size % weights.heads:
         raise ValueError(f"heads: expected a divisor of embedding={size}, got {weights.heads}")
+    _check_rows(x, state, slots)
+
+
+def _check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
+    """Distinct slots with room for their tokens; read off the device where that is a CPU, or for `_env.debug`."""
+    rows, pool = x.shape[0], state.batch_size
+    position = state.position
     if slots is None:
         if rows != pool:
             raise ValueError(f"x: expected a row for each of {pool} slots, got {rows}")
-        position = state.position
     else:
+        check_tensor("slots", slots)
+        check_device("slots", slots, x.device)
+        slots = slots.cpu() if _env.debug() else slots
         check_ids("slots", slots, (rows,), -1, pool - 1)
         if not concrete(slots):
             return
         taken = slots[slots >= 0]
         if len(taken.unique()) != len(taken):
             raise ValueError(f"slots: expected each slot at most once, got {slots.tolist()}")
-        position = state.position[taken.long()]
+        position = position[taken.to(position.device).long()]
+    position = position.cpu() if _env.debug() else position
     if concrete(position) and position.numel():
-        last = int(position.max()) + tokens
+        last = int(position.max()) + x.shape[1]
         if last > state.capacity:
-            raise RuntimeError(f"state: exhausted: expected positions of at most {state.capacity}, got {last}")
+            raise RuntimeError(
+                f"state: exhausted: expected positions of at most {state.capacity}, got {last}; "
+                "state.with_room(n) makes more"
+            )
 
 
 def _check_merge(weights: StepWeights, size: int, bank: int) -> None:

@@ -144,3 +144,8 @@ def autocasts(device_type: str) -> bool:
     """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
     known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return known and torch.is_autocast_enabled(device_type)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, of which the step's operations know nothing."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

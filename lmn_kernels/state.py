@@ -147,6 +147,8 @@ class MemoryState:
 
     def note_tokens(self, tokens: int) -> None:
         """Raise ``max_position`` after an operation that took tokens in place; `capacity` bounds it in any case."""
+        if self.position.is_cuda and torch.cuda.is_current_stream_capturing():
+            tokens = self.capacity  # nobody is asked how often a graph is replayed
         object.__setattr__(self, "max_position", min(self.max_position + tokens, self.capacity))
 
     def restore(self, snapshot: MemoryState, rows: Tensor | None = None) -> MemoryState:
@@ -173,7 +175,8 @@ class MemoryState:
         count = self.batch_size
         if rows is not None:
             check_tensor("rows", rows)
-            check_ids("rows", rows, tuple(rows.shape[:1]), 0, self.batch_size - 1)
+            check_shape("rows", rows, (None,), "[rows]")
+            check_ids("rows", rows, tuple(rows.shape), 0, self.batch_size - 1)
             check_device("rows", rows, self.position.device)
             count = len(rows)
         for name, own, kept in zip(_TENSORS, self._tensors(), snapshot._tensors(), strict=True):
@@ -185,9 +188,8 @@ class MemoryState:
                     own.copy_(kept)
                 else:
                     own.index_copy_(0, rows.long(), kept.to(own.dtype))
-        if rows is None:
-            return replace(self, max_position=snapshot.max_position)
-        object.__setattr__(self, "max_position", max(self.max_position, snapshot.max_position))
+        last = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
+        object.__setattr__(self, "max_position", last)
         return self
 
     def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:

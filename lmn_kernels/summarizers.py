@@ -66,6 +66,8 @@ class Summarizer(LinearMapSummarizer):
         return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not Summarizer.merge:
+            return super().step_form()  # a subclass knows better
         return "linear", weight_and_bias(self)
 
 
@@ -91,6 +93,8 @@ class ConvSummarizer(LinearMapSummarizer):
         return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not ConvSummarizer.merge:
+            return super().step_form()  # a subclass knows better
         return "pair", weight_and_bias(self._modules["conv"])
 
 
@@ -128,6 +132,8 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         return LinearMerge(self.weight[:, None], self.bias, self.scale)
 
     def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not DepthwiseSeparableSummarizer.merge:
+            return super().step_form()  # a subclass knows better
         return "separable", (*weight_and_bias(self), parameter(self, "scale"))
 
 

@@ -42,12 +42,12 @@ class Block(Layer):
 CALLABLE = ("module", "function", "expander_module")  # summarizers that only the reference can call
 LAYERS = [
     *(Layer(v.name, v.embedding, v.heads, v.bank, v.options) for v in VARIANTS if v.name not in CALLABLE),
-    # Wide enough for whole vector registers, their tails, and several columns, rows and pieces of every product.
+    # Wide enough for whole vector registers, several rows and columns of them, and what is left over of each.
     Layer("wide_72_conv_mixed", 72, 3, 2, {"summarizer": "conv_mixed"}),
-    Layer("wide_96", 96, 4, 3),
+    Layer("wide_102", 102, 6, 3),
     Layer("wide_136_separable_expander", 136, 2, 2, {"summarizer": "depthwise_separable", "expand": 1}),
     Layer("wide_300", 300, 5, 2),
-    Layer("wide_300_expander_k2", 300, 3, 1, {"expand": 2}),
+    Layer("wide_299_expander_k2", 299, 13, 1, {"expand": 2}),
     Block("block", 12, 3, 2),
     Block("block_expander", 8, 2, 2, {"expand": 1, "feedforward_mult": 1, "summarizer": "conv"}),
     Block("block_without_feedforward", 8, 4, 1, {"feedforward_mult": 0}),

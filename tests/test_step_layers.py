@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -143,6 +145,21 @@ def test_a_step_follows_every_change_of_the_layer(change, when, backend):
             layer.step_(x, pool)
     else:
         assert_close("step_", layer.step_(x, pool), expected, tolerance(x.dtype))
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "with a hook"])
+@torch.no_grad()
+def test_a_layer_that_stepped_can_be_freed(hooked):
+    """What it remembers of itself ties it to nothing, not even to a hook that refers to the layer."""
+    layer = BY_NAME["block"].layer(F32)
+    _, state = layer.step(torch.randn(1, 1, 12), layer.init_state(1))
+    if hooked:
+        layer.sva.q.register_forward_hook(lambda *_, layer=layer: None)
+    layer.step(torch.randn(1, 1, 12), state)
+    left = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert left() is None
 
 
 def saved_and_loaded(layer: LogarithmicMemory) -> LogarithmicMemory:

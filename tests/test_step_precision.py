@@ -145,8 +145,8 @@ def test_what_is_kept_is_rounded_as_torch_rounds(backend):
 @torch.no_grad()
 def test_a_node_is_rounded_once(backend):
     """Of a kept token and a new one, in float32; what is in between is not rounded."""
-    layer = BY_NAME["wide_96"].layer(F32, step_backend=backend)
-    x, state = torch.randn(8, 1, 96), started(layer, [1] * 8, 1, BF16)
-    _, end = exact_steps(BY_NAME["wide_96"], layer, x, state)
+    layer = BY_NAME["wide_102"].layer(F32, step_backend=backend)
+    x, state = torch.randn(8, 1, 102), started(layer, [1] * 8, 1, BF16)
+    _, end = exact_steps(BY_NAME["wide_102"], layer, x, state)
     layer.step_(x, state)
     assert error(state.nodes, end.nodes) < 1.1 * error(end.nodes.to(BF16), end.nodes)

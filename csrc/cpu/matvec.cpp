@@ -390,7 +390,10 @@ LMN_CLONES void silu(float* values, int64_t count) {
     F8 negative;
     for (int64_t i = 0; i < kLanes; ++i) negative[i] = x[i] < 0.0f ? x[i] : -x[i];
     const F8 power = exp_of_negative(negative);  // of -|x|
-    for (int64_t i = 0; i < size; ++i) values[from + i] = x[i] * (x[i] < 0.0f ? power[i] : 1.0f) / (1.0f + power[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      const float share = x[i] < -87.0f ? 0.0f : x[i] < 0.0f ? power[i] : 1.0f;
+      values[from + i] = x[i] * share / (1.0f + power[i]);
+    }
   }
 }
 
