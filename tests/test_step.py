@@ -313,21 +313,21 @@ def test_what_is_written_in_place_says_so(run, backend):
 
 @few
 def test_a_step_under_grad_records_the_gradients_of_the_parallel_form(variant):
-    """Also where the extension serves the same layer under no_grad, to the same values."""
+    """Also behind steps that the extension served, under no_grad, to the same values."""
     layer = variant.layer(F32)
     twin, x, weight = exact(variant, layer), *(torch.randn(2, 11, variant.embedding) for _ in range(2))
 
     def gradients(y: Tensor, leaf: Tensor, owner: torch.nn.Module) -> list[Tensor]:
         return list(torch.autograd.grad((y * weight).sum(), [leaf, *owner.parameters()]))
 
+    with torch.no_grad():
+        served, _ = one_by_one(layer, x, layer.init_state(2))
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y, expected = one_by_one(layer, leaf, layer.init_state(2))[0], twin(wide)
+    assert_close("under no_grad", served, expected.detach(), VALUE)
     assert_close("y", y, expected, VALUE)
     names = ["x", *dict(layer.named_parameters())]
     assert_same_gradients(names, gradients(y, leaf, layer), gradients(expected, wide, twin), GRADIENT)
-    with torch.no_grad():
-        y, _ = one_by_one(layer, x, layer.init_state(2))
-    assert_close("under no_grad", y, expected, VALUE)
 
 
 @layers("linear", "expander_k1", "block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmn_kernels import decode_
+from lmn_kernels import LogarithmicMixing, decode_
 from tests.close import assert_close, error
 from tests.stepping import (
     BY_NAME,
@@ -108,6 +108,21 @@ def test_errors_do_not_grow_over_100000_steps(state_dtype, backend):
     first, last = error(y[:, :count], expected[:, :count]), error(y[:, -count:], expected[:, -count:])
     assert last <= 1.5 * first, f"the error grew from {first:.3g} to {last:.3g}"
     assert_close("all", y, expected, tolerance(BF16))
+
+
+@every_backend
+@torch.no_grad()
+def test_a_softmax_of_two_is_a_sigmoid(backend):
+    """To a few units in the last place, over all that float32 holds: a slot of any score beside one of score 0."""
+    layer = LogarithmicMixing(1, step_backend=backend)
+    for parameter, value in zip(layer.sva.parameters(), (0, 0, 0, 1, 0, 0, 1, 0), strict=True):
+        parameter.fill_(value)  # weight and bias of q, k, v, out_proj: q = v = 0 of the token, k = 1
+    scores = torch.linspace(-85, 85, 20_001)
+    state = started(layer, [2] * len(scores), 1)
+    state.q[:, 0, 0, 0], state.v[...] = scores, 1
+    y = layer.step_(torch.ones(len(scores), 1, 1), state).flatten()
+    expected = torch.sigmoid(scores.double())
+    assert (y / expected - 1).abs().max() < 5e-7
 
 
 @pytest.mark.parametrize("scale", [1, 30, 1000], ids="tokens times {}".format)
