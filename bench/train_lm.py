@@ -11,7 +11,6 @@ that was never ended.
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import sys
 from dataclasses import asdict
@@ -26,6 +25,7 @@ import lmn_kernels
 from . import curve
 from .checkpoint import Checkpoint, write_file
 from .corpora import Corpus, load
+from .environment import describe
 from .errors import InputError, RunError
 from .generate import Sample, emit_to_stdout, encode, generate
 from .models import LanguageModel, ModelConfig, build
@@ -187,17 +187,8 @@ class Run:
             "step": trainer.step,
             "seconds": trainer.seconds,
             "tokens_per_second": trainer.tokens_per_second,
-            "machine": {
-                "device": str(self._ranks.device),
-                "processes": self._ranks.world,
-                "threads": torch.get_num_threads(),
-                "platform": platform.platform(),
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "lmn_kernels": lmn_kernels.__version__,
-            },
+            "processes": self._ranks.world,
+            "environment": describe(self._ranks.device) | {"lmn_kernels": lmn_kernels.__version__},
         }
         if sample:
             metrics["sample"] = {
