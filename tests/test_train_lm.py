@@ -134,7 +134,7 @@ def test_results_of_a_run(text: Path, tmp_path: Path, capsys: Any) -> None:
     assert metrics["corpus"]["sha256"] == corpus.digest
     assert metrics["unigram_entropy"] == corpus.unigram_entropy()
     assert metrics["parameters"] == sum(value.numel() for value in _load(out).model.values())
-    assert metrics["tokens_per_second"] > 0 and metrics["versions"]["torch"] == torch.__version__
+    assert metrics["tokens_per_second"] > 0 and metrics["environment"]["torch"] == torch.__version__
     assert (out / "curve.csv").read_text().count("\n") == 5
     drawing = ElementTree.parse(out / "curve.svg")
     assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 2
