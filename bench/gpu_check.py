@@ -26,8 +26,8 @@ import torch
 from . import gpu_configs, gpu_correctness, gpu_decode, gpu_decode_timings, gpu_programs, gpu_timings
 from .checkpoint import write_file
 from .errors import RunError
-from .gpu_shapes import DIRECTIONS, GOALS, NOT_MEASURED, STAGES, Shape, floor_ms
 from .gpu_stage import Outcome, Settings, Stage, run_stage
+from .shapes import DIRECTIONS, GOALS, NOT_MEASURED, STAGES, Shape, floor_ms
 
 FORMAT, VERSION = "lmn_kernels.gpu_check", 1
 BUDGET = 520.0

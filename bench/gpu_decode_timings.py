@@ -25,9 +25,9 @@ from tests.close import error
 
 from . import timing
 from .gpu_decode import extension, made_up
-from .gpu_shapes import cache_bytes, decode_bytes, decode_name
 from .gpu_stage import Report, Row, Settings
 from .gpu_timings import DTYPE, SAME, attempt, backends, first_line
+from .shapes import cache_bytes, decode_bytes, decode_name
 from .timing import LEAST, WARM_UP, Clock, Work, graphed, pair_ratio, spread, take_turns
 
 # Embedding and batch, by importance: the goals are of the first two.

@@ -22,9 +22,11 @@ from lmn_kernels.summarizers import Summarizer
 from python_ref.layout import make_layout
 from tests.close import TOLERANCE, error
 
-from . import materialized, timing
+from . import timing
 from .gpu_programs import clocks
-from .gpu_shapes import (
+from .gpu_stage import Report, Settings
+from .peers import materialized
+from .shapes import (
     CROSSOVER,
     QUICK_CROSSOVER,
     QUICK_SCALING,
@@ -35,7 +37,6 @@ from .gpu_shapes import (
     naive_peak_bytes,
     our_peak_bytes,
 )
-from .gpu_stage import Report, Settings
 from .timing import Clock, Work, pair_ratio, spread, take_turns
 
 Form = Callable[[], Tensor]
@@ -194,7 +195,7 @@ def kernels(settings: Settings, report: Report) -> None:
 
 
 def stage_works(shape: Shape, settings: Settings) -> Iterator[tuple[str, Work]]:
-    """Name and work of every stage and direction of `gpu_shapes.STAGES`, and of the product to compare with."""
+    """Name and work of every stage and direction of `shapes.STAGES`, and of the product to compare with."""
     device, m, size, tokens = settings.torch_device, shape.bank, shape.embedding, shape.tokens
     package = "python_ref" if settings.backend == "reference" else "lmn_kernels._triton"
     tree, attention = (importlib.import_module(f"{package}.{name}") for name in ("tree", "attention"))

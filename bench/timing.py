@@ -37,7 +37,8 @@ class Spread:
 
 
 def spread(seconds: list[float]) -> Spread:
-    low, *_, high = statistics.quantiles(seconds, n=5)
+    # Inclusive: of few repeats the other method makes percentiles outside of what was seen.
+    low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
     median, low, high = (float(f"{1e3 * value:.5g}") for value in (statistics.median(seconds), low, high))
     return Spread(median, low, high, len(seconds))
 
@@ -93,7 +94,12 @@ class Clock:
 
 
 def take_turns(
-    works: Mapping[str, Work], clock: Clock, budget: float = 1.0, calls: int = 1, least: int = LEAST
+    works: Mapping[str, Work],
+    clock: Clock,
+    budget: float = 1.0,
+    calls: int = 1,
+    least: int = LEAST,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
     """Seconds of every work, timed in turns after a warm-up.
 
@@ -103,8 +109,9 @@ def take_turns(
         budget: seconds to spend, within ``least`` and `MOST` rounds.
         calls: as `Clock.seconds` takes them.
         least: rounds at least.
+        warm_up: calls of each before the first that counts; one at least.
     """
-    for _ in range(WARM_UP - 1):
+    for _ in range(warm_up - 1):
         for work in works.values():
             work()
     once = sum(clock.seconds(work, calls) for work in works.values()) * calls

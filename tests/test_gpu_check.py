@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench import gpu_check, gpu_correctness, gpu_programs, gpu_timings, timing
-from bench.gpu_shapes import (
+from bench.gpu_stage import Settings, Skipped, Stage, case, run_stage
+from bench.shapes import (
     GOALS,
     SHAPES,
     Shape,
@@ -26,7 +27,6 @@ from bench.gpu_shapes import (
     our_peak_bytes,
     staged_floor_ms,
 )
-from bench.gpu_stage import Settings, Skipped, Stage, case, run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation.*:UserWarning")
 

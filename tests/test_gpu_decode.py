@@ -14,8 +14,8 @@ import torch
 from bench import gpu_check, gpu_decode, gpu_decode_timings, gpu_programs
 from bench.gpu_decode import Given, Trial, made_up, renewed, replayed
 from bench.gpu_decode_timings import LENGTHS, ORDER, Attention, Ours, Sizes, attention_weights, layers_for, turn_tokens
-from bench.gpu_shapes import GOALS, cache_bytes, decode_bytes, decode_name
 from bench.gpu_stage import Settings, Skipped
+from bench.shapes import GOALS, cache_bytes, decode_bytes, decode_name
 from bench.timing import Clock
 from lmn_kernels import MemoryState, decode_
 from lmn_kernels._backend import why_not

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import materialized
-from bench.layer_speed import saved_bytes
+from bench.footprint import saved_bytes
+from bench.peers import materialized
 from lmn_kernels import LogarithmicMixing
 from python_ref import attention as ref_attention
 from python_ref import tree as ref_tree

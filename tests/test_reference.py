@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.layer_speed import saved_bytes
+from bench.footprint import saved_bytes
 from lmn_kernels import LinearMerge, Sequences, attend, build_tree
 from python_ref import definition
 from python_ref.attention import tile_width

@@ -2,7 +2,7 @@
 
 Batch 1, the linear summarizer, weights packed beforehand, one product for q, k and v, one for the banks of a
 level and one for q and v of all new nodes; the attention reads views of the cached rows, as products and a
-softmax, or by PyTorch's fused attention. Used as the baselines of `bench.step_speed`.
+softmax, or by PyTorch's fused attention. Baselines of `bench.runs.decode`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,354 @@
+"""Who can do which operation: our path, other forms of our network, and other networks of the same size.
+
+A provider is built from a `bench.problems.Problem` for time and for memory alike, and has an oracle, in float64 and by
+another route, that its result must agree with before any figure of it counts. What cannot run here says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from lmn_kernels._backend import why_not
+from lmn_kernels.functional import attend, build_tree
+
+from .peers import attention as causal
+from .peers import flex, linear_attention, materialized, node_level, recurrent
+from .problems import Form, Outputs, Problem
+from .shapes import Shape, naive_peak_bytes
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A contender for one operation.
+
+    Attributes:
+        name: as in tables.
+        build: its way of doing the operation.
+        oracle: ``(problem in float64, positions [P] or None for all) → what is expected there``.
+        missing: why it cannot run here, or None.
+        no_training: why it has no backward here, or None.
+        ours: whether it computes our network, so that our floor is its floor.
+        by_position: whether its result is ``[B, L, …]``, so that the oracle may be asked for some positions.
+        growth: power of L with which its time grows.
+        peak_bytes: a prediction for bfloat16, where it is known to be large.
+    """
+
+    name: str
+    build: Callable[[Problem], Form]
+    oracle: Callable[[Problem, Tensor | None], Outputs]
+    missing: Callable[[Problem], str | None] = lambda problem: None
+    no_training: Callable[[Problem], str | None] = lambda problem: None
+    ours: bool = True
+    by_position: bool = True
+    growth: float = 1.0
+    peak_bytes: Callable[[Shape], float] | None = None
+
+
+def _at(y: Tensor, positions: Tensor | None) -> Tensor:
+    return y if positions is None else y[:, positions]
+
+
+def _own(call: Callable[[Problem], Outputs]) -> Callable[[Problem], Form]:
+    """A form of our own network, on the problem's leaves."""
+    return lambda problem: Form(lambda: call(problem), problem.leaves())
+
+
+def _attention_rows(call: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
+    return lambda problem: call(problem).view(problem.shape.batch, problem.shape.length, -1)
+
+
+# Our network, by operation.
+
+
+def our_tree(problem: Problem) -> Tensor:
+    return build_tree(problem.x.flatten(0, 1), problem.merge, problem.sequences, backend=problem.backend)
+
+
+def our_projections(problem: Problem) -> Outputs:
+    sva = problem.layer.sva
+    return sva.token_qkv(problem.x.flatten(0, 1)), sva.node_qv(problem.nodes)
+
+
+def our_attention(problem: Problem) -> Tensor:
+    heads, sequences = problem.shape.heads, problem.sequences
+    return attend(problem.token_qkv, problem.node_qv, heads, sequences, backend=problem.backend)[0]
+
+
+def our_layer(problem: Problem) -> Tensor:
+    return problem.layer(problem.x)
+
+
+def _lean_layer(problem: Problem) -> Tensor:
+    problem.layer.lean = True
+    try:
+        return problem.layer(problem.x)
+    finally:
+        problem.layer.lean = False
+
+
+def materialized_memory(problem: Problem) -> Tensor:
+    return materialized.memory(problem.x, problem.summarizer.weight, problem.summarizer.bias)
+
+
+def _expected_memory(problem: Problem, positions: Tensor | None) -> Tensor:
+    return _at(problem.layer.parallel(problem.x), positions)
+
+
+def materialized_layer(problem: Problem, mix: Callable[..., Tensor] = materialized.mix) -> Tensor:
+    summarizer = problem.summarizer
+    return mix(problem.x, summarizer.weight, summarizer.bias, problem.weights, problem.shape.heads)
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled_mix(mode: str | None) -> Callable[..., Tensor]:
+    return torch.compile(materialized.mix, dynamic=False, mode=mode)
+
+
+def _compiled_layer(problem: Problem) -> Tensor:
+    mode = "max-autotune-no-cudagraphs" if problem.device.type == "cuda" else None
+    # One compilation a shape and direction; past its limit the compiler would run the function uncompiled.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return materialized_layer(problem, _compiled_mix(mode))
+
+
+def _no_compiler(problem: Problem) -> str | None:
+    if problem.device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def _flex_attention(problem: Problem) -> Form:
+    keys = flex.slots(problem)
+    return Form(lambda: flex.attention(problem, keys, problem.token_qkv, problem.node_qv), problem.leaves())
+
+
+def _flex_layer(problem: Problem) -> Form:
+    keys, sva = flex.slots(problem), problem.layer.sva
+
+    def call() -> Tensor:
+        qkv, qv = sva.token_qkv(problem.x.flatten(0, 1)), sva.node_qv(our_tree(problem))
+        return sva.out_proj(flex.attention(problem, keys, qkv, qv)).view_as(problem.x)
+
+    return Form(call, problem.leaves())
+
+
+def _no_flex_backward(problem: Problem) -> str | None:
+    return "FlexAttention has no backward on a CPU" if problem.device.type == "cpu" else None
+
+
+class _Factors(nn.Module):
+    """Two matrices whose product takes as many FLOPs as a tree."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(shape.bank * shape.tokens, 2 * shape.embedding))
+        self.right = nn.Parameter(torch.randn(2 * shape.embedding, shape.embedding))
+
+
+def _factors(problem: Problem) -> _Factors:
+    return cast(_Factors, problem.module("product", lambda: _Factors(problem.shape)))
+
+
+def _product(problem: Problem) -> Form:
+    factors = _factors(problem)
+    return Form(lambda: factors.left @ factors.right, dict(factors.named_parameters()))
+
+
+def _expected_product(problem: Problem, positions: Tensor | None) -> Tensor:
+    factors = _factors(problem)
+    return torch.einsum("ij,jk->ik", factors.left, factors.right)
+
+
+# Attention, and what is recurrent.
+
+_SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+
+
+def _causal_attention(backend: SDPBackend) -> Callable[[Problem], Form]:
+    def build(problem: Problem) -> Form:
+        leaves = {"token_qkv": problem.token_qkv}
+        return Form(lambda: causal.attention(problem, problem.token_qkv, backend), leaves)
+
+    return build
+
+
+def _causal_layer(backend: SDPBackend) -> Callable[[Problem], Form]:
+    def build(problem: Problem) -> Form:
+        sva = problem.layer.sva
+
+        def call() -> Tensor:
+            return sva.out_proj(causal.attention(problem, causal.project(problem), backend)).view_as(problem.x)
+
+        return Form(call, {"x": problem.x, **problem.weights})
+
+    return build
+
+
+def _expected_causal_attention(problem: Problem, positions: Tensor | None) -> Tensor:
+    every = torch.arange(problem.shape.length, device=problem.device)
+    return causal.definition(problem, problem.token_qkv, every if positions is None else positions)
+
+
+def _expected_causal_layer(problem: Problem, positions: Tensor | None) -> Tensor:
+    every = torch.arange(problem.shape.length, device=problem.device)
+    mixed = causal.definition(problem, causal.project(problem), every if positions is None else positions)
+    return problem.layer.sva.out_proj(mixed)
+
+
+def _sdpa_missing(backend: SDPBackend) -> Callable[[Problem], str | None]:
+    def missing(problem: Problem) -> str | None:
+        if backend == SDPBackend.CUDNN_ATTENTION and problem.device.type != "cuda":
+            return "cuDNN serves NVIDIA GPUs alone"
+        if backend == SDPBackend.CUDNN_ATTENTION and problem.dtype == torch.float32:
+            return "cuDNN's attention takes 16-bit dtypes alone"
+        return None
+
+    return missing
+
+
+def _math_bytes(shape: Shape) -> float:
+    """Scores, weights and their gradients."""
+    return 2 * 4 * shape.batch * shape.heads * shape.length**2
+
+
+def _recurrent_module(problem: Problem, kind: type[nn.GRU] | type[nn.LSTM]) -> nn.GRU | nn.LSTM:
+    size = problem.shape.embedding
+    made = problem.module(kind.__name__, lambda: kind(size, size, batch_first=True))
+    return cast("nn.GRU | nn.LSTM", made)
+
+
+def _recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem], Form]:
+    def build(problem: Problem) -> Form:
+        module = _recurrent_module(problem, kind)
+        return Form(lambda: module(problem.x)[0], {"x": problem.x, **dict(module.named_parameters())})
+
+    return build
+
+
+def _expected_recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem, Tensor | None], Tensor]:
+    return lambda problem, positions: _at(recurrent.definition(_recurrent_module(problem, kind), problem.x), positions)
+
+
+def _fla_module(problem: Problem, name: str) -> linear_attention.Layer:
+    kind = linear_attention.KINDS[name]
+    made = problem.module(name, lambda: linear_attention.Layer(kind, problem.shape.embedding))
+    return cast(linear_attention.Layer, made)
+
+
+def _fla(name: str) -> Callable[[Problem], Form]:
+    def build(problem: Problem) -> Form:
+        module = _fla_module(problem, name)
+        return Form(lambda: module(problem.x), {"x": problem.x, **dict(module.named_parameters())})
+
+    return build
+
+
+def _expected_fla(name: str) -> Callable[[Problem, Tensor | None], Tensor]:
+    return lambda problem, positions: _at(_fla_module(problem, name)(problem.x, literally=True), positions)
+
+
+def _fla_missing(problem: Problem) -> str | None:
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed"
+    if problem.device.type != "cuda":
+        return "flash-linear-attention's kernels need a GPU"
+    return None
+
+
+def _ours_missing(operation: str) -> Callable[[Problem], str | None]:
+    def missing(problem: Problem) -> str | None:
+        if problem.backend in ("auto", "reference"):
+            return None
+        return why_not(problem.backend, operation, problem.device, problem.dtype)
+
+    return missing
+
+
+def _registry() -> dict[str, dict[str, Provider]]:
+    expected: dict[str, Callable[[Problem, Tensor | None], Outputs]] = {
+        "tree": lambda problem, positions: our_tree(problem),
+        "projections": lambda problem, positions: our_projections(problem),
+        "attention": lambda problem, positions: _at(_attention_rows(our_attention)(problem), positions),
+        "layer": lambda problem, positions: _at(our_layer(problem), positions),
+    }
+    tree = [
+        Provider(OURS, _own(our_tree), expected["tree"], _ours_missing("build_tree"), by_position=False),
+        Provider("node-level", _own(node_level.tree), expected["tree"], by_position=False),
+        Provider("materialised", _own(materialized_memory), _expected_memory, growth=1.1, peak_bytes=naive_peak_bytes),
+        Provider("one product", _product, _expected_product, ours=False, by_position=False),
+    ]
+    projections = [Provider(OURS, _own(our_projections), expected["projections"], by_position=False)]
+
+    def gathered(problem: Problem) -> Tensor:
+        return node_level.attention(problem, problem.token_qkv, problem.node_qv)
+
+    attention = [
+        Provider(OURS, _own(_attention_rows(our_attention)), expected["attention"], _ours_missing("attend")),
+        Provider(
+            "node-level", _own(_attention_rows(gathered)), expected["attention"],
+            growth=1.1, peak_bytes=naive_peak_bytes,
+        ),
+        Provider("FlexAttention", _rows_of(_flex_attention), expected["attention"], _no_compiler, _no_flex_backward),
+    ]  # fmt: skip
+    layer = [
+        Provider(OURS, _own(our_layer), expected["layer"], _ours_missing("attend")),
+        Provider("ours, lean", _own(_lean_layer), expected["layer"], _ours_missing("attend")),
+        Provider(
+            "materialised", _own(materialized_layer), expected["layer"], growth=1.1, peak_bytes=naive_peak_bytes
+        ),
+        Provider(
+            "materialised, compiled", _own(_compiled_layer), expected["layer"], _no_compiler,
+            growth=1.1, peak_bytes=naive_peak_bytes,
+        ),
+        Provider("node-level", _own(node_level.layer), expected["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
+        Provider("FlexAttention", _flex_layer, expected["layer"], _no_compiler, _no_flex_backward),
+    ]  # fmt: skip
+    for name, backend in _SDPA.items():
+        peak = _math_bytes if backend == SDPBackend.MATH else None
+        missing = _sdpa_missing(backend)
+        attention.append(
+            Provider(
+                name, _rows_of(_causal_attention(backend)), _expected_causal_attention, missing,
+                ours=False, growth=2, peak_bytes=peak,
+            )
+        )  # fmt: skip
+        layer.append(
+            Provider(
+                name, _causal_layer(backend), _expected_causal_layer, missing, ours=False, growth=2, peak_bytes=peak
+            )
+        )
+    for name in linear_attention.KINDS:
+        layer.append(Provider(name, _fla(name), _expected_fla(name), _fla_missing, ours=False))
+    for name, kind in (("GRU", nn.GRU), ("LSTM", nn.LSTM)):
+        layer.append(Provider(name, _recurrent(kind), _expected_recurrent(kind), ours=False))
+    every = {"tree": tree, "projections": projections, "attention": attention, "layer": layer}
+    return {operation: {p.name: p for p in providers} for operation, providers in every.items()}
+
+
+def _rows_of(build: Callable[[Problem], Form]) -> Callable[[Problem], Form]:
+    """A form whose ``[B·L, E]`` result is seen as ``[B, L, E]``."""
+
+    def rows(problem: Problem) -> Form:
+        form = build(problem)
+        shape = problem.shape
+        return Form(lambda: cast(Tensor, form.call()).view(shape.batch, shape.length, -1), form.leaves)
+
+    return rows
+
+
+REGISTRY = _registry()

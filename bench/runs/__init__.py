@@ -1,0 +1,1 @@
+"""The runs of ``python -m bench``, a module each."""

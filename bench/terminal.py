@@ -1,0 +1,62 @@
+"""Rows as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tabulate import tabulate
+
+from .journal import Row
+
+
+def table(headers: list[str], lines: Iterable[list[Any]]) -> str:
+    return tabulate(list(lines), headers, tablefmt="simple", disable_numparse=True)
+
+
+def where(row: Row) -> str:
+    """The operation, shape and direction of a row."""
+    shape = row["shape"]
+    sizes = ", ".join(str(shape[name]) for name in ("batch", "length", "embedding", "heads", "bank"))
+    return f"{row['operation']} ({sizes}) {row.get('direction', '')}".strip()
+
+
+def spread(row: Row) -> str:
+    return f"{row['median']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
+
+
+def timed_table(rows: list[Row]) -> str:
+    """Median (20th to 80th percentile), how many times longer than ours, and the share of the floor."""
+    lines = []
+    for row in rows:
+        if "gap" in row:
+            lines.append([where(row), row["provider"], row["gap"], "", "", ""])
+        elif "median" in row:
+            ratio = f"{row['ratio']:.3g}x" if "ratio" in row else ""
+            share = f"{100 * row['share']:.3g} %" if "share" in row else ""
+            lines.append([where(row), row["provider"], spread(row), ratio, share, f"{row['error']:.1e}"])
+    unit = next((row["unit"] for row in rows if "unit" in row), "ms")
+    headers = ["(B, L, E, heads, m)", "", unit, "of ours", "of the floor", "error"]
+    return table(headers, lines)
+
+
+def slope_table(rows: list[Row]) -> str:
+    """Slopes of time over length."""
+    lines = [
+        [row["provider"], row["direction"], f"{row['slope']:.3f}", f"{row['from_length']:,} to {row['to_length']:,}"]
+        for row in rows
+        if "slope" in row
+    ]
+    return table(["", "", "slope", "over"], lines)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Megabytes at the peak, and kept for backward."""
+    lines = []
+    for row in rows:
+        if "gap" in row:
+            lines.append([where(row), row["provider"], row["gap"], ""])
+            continue
+        saved = f"{row['saved_bytes'] / 1e6:.4g}" if "saved_bytes" in row else ""
+        lines.append([where(row), row["provider"], f"{row['peak_bytes'] / 1e6:.4g}", saved])
+    return table(["(B, L, E, heads, m)", "", "peak MB", "kept MB"], lines)
