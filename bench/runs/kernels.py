@@ -1,0 +1,44 @@
+"""Tree, projections, attention and the whole layer, forward and forward+backward, against every other form and peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.comparison import FORWARD, TRAINING, Comparison, Limits
+from bench.journal import Row
+from bench.problems import OPERATIONS
+from bench.providers import REGISTRY
+from bench.runner import Case, Context
+from bench.shapes import SHAPES, Shape
+from bench.terminal import timed_table
+
+CPU_SHAPES = [SHAPES["P"], Shape("S", 1, 4096, 256, 4, 1), Shape("W", 1, 2048, 512, 8, 1)]
+QUICK_SHAPES = [Shape("quick", 2, 256, 32, 4, 2)]
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
+
+
+def shapes(context: Context) -> list[Shape]:
+    if context.quick:
+        return QUICK_SHAPES
+    return list(SHAPES.values()) if context.device.type == "cuda" else CPU_SHAPES
+
+
+def cases(context: Context) -> list[Case]:
+    limits = Limits(seconds=0.5, budget=0.2) if context.quick else Limits(seconds=20, budget=4)
+    found = []
+    for shape in shapes(context):
+        for operation in context.options["operations"]:
+            comparison = Comparison(
+                operation, shape, context.dtype, context.device, list(REGISTRY[operation]), (FORWARD, TRAINING),
+                limits, context.quick, context.backend,
+            )  # fmt: skip
+            found.append(Case(f"{operation}/{shape.name}", comparison.time, comparison.check))
+    return found
+
+
+def show(rows: list[Row]) -> str:
+    return timed_table(rows)

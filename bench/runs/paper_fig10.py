@@ -1,0 +1,64 @@
+"""The paper's Figure 10: memory of its network and of attention over length, parallel and sequential (E=32, 1 head)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.comparison import Comparison
+from bench.footprint import tensor_bytes
+from bench.journal import Row
+from bench.runner import Case, Context
+from bench.runs import paper_fig9 as fig9
+from bench.terminal import memory_table
+from lmn_kernels import LogarithmicMixing
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    """None of its own."""
+
+
+def state_rows(context: Context, length: int) -> list[Row]:
+    """What a stream keeps behind ``length`` tokens: our state, and the keys and values of attention."""
+    shape = fig9.SHAPE
+    layer = LogarithmicMixing(
+        shape.embedding, shape.heads, shape.bank, backend=context.backend, dtype=context.dtype, device=context.device
+    )
+    x = torch.zeros(1, length, shape.embedding, dtype=context.dtype, device=context.device)
+    with torch.no_grad():
+        _, state = layer.prefill(x)
+        keys_values = layer.sva.k(x), layer.sva.v(x)
+    held = {"ours": tensor_bytes(vars(state)), "attention, cached": tensor_bytes(keys_values)}
+    return [
+        {
+            "provider": name, "operation": "layer", "mode": "sequential", "unit": "bytes", "peak_bytes": count,
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "shape": {
+                "name": str(length), "batch": 1, "length": length, "embedding": shape.embedding,
+                "heads": shape.heads, "bank": shape.bank,
+            },
+        }
+        for name, count in held.items()
+    ]  # fmt: skip
+
+
+def cases(context: Context) -> list[Case]:
+    found = []
+    for length in fig9.lengths(context):
+        one = fig9.parallel(context, length)
+
+        def measure(one: Comparison = one) -> list[Row]:
+            return [fig9.in_parallel(row) for row in one.memory()]
+
+        found.append(Case(f"parallel/{length}", measure, one.check))
+    for length in fig9.lengths(context):
+        found.append(Case(f"sequential/{length}", partial(state_rows, context, length)))
+    return found
+
+
+def show(rows: list[Row]) -> str:
+    modes = ("parallel", "sequential")
+    return "\n\n".join(f"{mode}:\n{memory_table([row for row in rows if row['mode'] == mode])}" for mode in modes)
