@@ -312,7 +312,7 @@ def _bandwidth(total: float) -> float:
 def cases(context: Context) -> list[Case]:
     if context.device.type != "cpu":
         raise InputError(f"device: expected cpu, got {context.device}: bench.gpu_check times decoding on a GPU")
-    turns = 3 if context.quick else 20
+    turns = 3 if context.quick else 12
     positions = POSITIONS[:2] if context.quick else POSITIONS
     found = []
     for shape, dtype in LAYERS:
