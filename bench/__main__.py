@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 def _general(one: argparse.ArgumentParser) -> None:
     add = one.add_argument
     add("--quick", action="store_true", help="small, under two minutes: a check that it runs")
-    add("--device", default="auto", help="auto (default), cpu, cuda, …")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 elsewhere")
     add("--backend", choices=("reference", "triton"), help="of our own path; default: triton on a GPU")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -83,6 +83,9 @@ def context(given: argparse.Namespace) -> Context:
         InputError: a value cannot be used.
     """
     device = _device(given.device)
+    if device.type not in ("cpu", "cuda"):
+        # Nothing here waits for another kind of device before it reads the clock.
+        raise InputError(f"device: expected cpu or cuda, got {given.device!r}")
     if given.threads is not None:
         if given.threads < 1:
             raise InputError(f"threads: expected at least 1, got {given.threads}")

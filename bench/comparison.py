@@ -6,34 +6,32 @@ float64 first. A provider that fails, cannot run here or would take too long bec
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from tests.close import TOLERANCE, assert_same_gradients, error
 
 from . import timing
 from .footprint import footprint, free_bytes
+from .gate import FORWARD, TRAINING, Expected, direction_work, gradient_error, tolerance, value_error
 from .journal import Row
-from .problems import Form, Outputs, Problem
+from .problems import Problem
 from .providers import OURS, REGISTRY, Provider
 from .runner import Ceilings
 from .shapes import DIRECTIONS, STAGES, Shape, floor_ms
 from .timing import Clock, Work, pair_ratio, spread, take_turns
 
-FORWARD, TRAINING = "forward", "training"
-
-# A layer's stages each round: three times what one operation is allowed.
-STAGES_OF_ROUNDING = 3
-# Gradients are checked on so many tokens at most, and results at so many positions of longer sequences.
-CHECKED_TOKENS, CHECKED_POSITIONS = 1 << 14, 64
-# Sequences that are cut for a check are cut to this.
-CUT = 1 << 10
+# Gradients are compared with an oracle's on so many tokens and such a length at most; longer sequences are cut for it.
+# An oracle's cost may be quadratic.
+CHECKED_TOKENS, CHECKED_LENGTH, CUT = 1 << 14, 1 << 12, 1 << 10
+# A prediction of time is never for more than so many times the length that was tried.
+LEAP = 4
 _STAGE = {"tree": ("tree",), "projections": ("project",), "attention": ("attend",), "layer": STAGES}
+
+
+# Of contenders at lengths below the one that is asked for.
+_SECONDS: dict[tuple[Any, ...], float] = {}
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Comparison:
         names: providers, ours first.
         directions: ``"forward"``, ``"training"`` (forward and backward).
         backend: of our own path.
+        gaps: why a provider is left out of a direction, as `check` found.
     """
 
     operation: str
@@ -70,7 +69,7 @@ class Comparison:
     limits: Limits
     quick: bool = False
     backend: str = "auto"
-    _gaps: dict[tuple[str, str], str] = field(default_factory=dict)
+    gaps: dict[tuple[str, str], str] = field(default_factory=dict)
     _errors: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
@@ -80,99 +79,87 @@ class Comparison:
     def problem(self) -> Problem:
         return Problem(self.operation, self.shape, self.dtype, self.device, self.backend)
 
-    def tolerance(self, direction: str) -> float:
-        return STAGES_OF_ROUNDING * TOLERANCE[self.dtype][direction == TRAINING]
-
     def check(self) -> None:
         """Find out who can run, and who is right; warms everybody up."""
-        whole = self.problem()
-        # Predicted from a shorter one, where a shape may be out of reach.
-        cut = whole if self.shape.tokens <= CHECKED_TOKENS else whole.shortened(CUT)
+        whole, expected = self.problem(), Expected()
+        small = self.shape.tokens <= CHECKED_TOKENS and self.shape.length <= CHECKED_LENGTH
+        cut = whole if small else whole.shortened(CUT)
         for provider in self.providers:
             reason = provider.missing(whole) or self._too_large(provider)
             for direction in self.directions:
                 refused = reason or (provider.no_training(whole) if direction == TRAINING else None)
-                fault = refused or self._attempt(provider, direction, whole, cut)
+                fault = refused or self._attempt(provider, direction, whole, cut, expected)
                 if fault:
-                    self._gaps[provider.name, direction] = fault
+                    self.gaps[provider.name, direction] = fault
                 timing.release(self.device)
 
-    def _attempt(self, provider: Provider, direction: str, whole: Problem, cut: Problem) -> str | None:
+    def _attempt(
+        self, provider: Provider, direction: str, whole: Problem, cut: Problem, expected: Expected
+    ) -> str | None:
+        """Why a provider has no figure in a direction, or None."""
         try:
-            found = self._compare(provider, direction, whole, cut)
+            form = provider.build(cut)
+            if direction == TRAINING:
+                found = gradient_error(provider, form, cut)
+            else:
+                found = value_error(provider, form, cut, expected)
+            if cut is not whole:
+                slow = self._too_slow(provider, direction)
+                if slow:
+                    return slow
+                if direction == FORWARD:
+                    found = max(found, value_error(provider, provider.build(whole), whole, expected))
+            self._errors[provider.name, direction] = found
         except AssertionError as wrong:
             return f"gate: {_first_line(wrong)}"
         except torch.OutOfMemoryError:
-            return "out of memory"
+            return "out of memory, in it or in its check"
         except Exception as reason:  # a peer's fault, whatever its type, is that peer's gap; ours must not pass
             if provider.name == OURS:
                 raise
             return f"{type(reason).__name__}: {_first_line(reason)}"
-        if isinstance(found, str):
-            return found
-        self._errors[provider.name, direction] = found
         return None
 
-    def _compare(self, provider: Provider, direction: str, whole: Problem, cut: Problem) -> float | str:
-        """The error of a provider, or why it would take too long.
-
-        Raises:
-            AssertionError: it is wrong.
-        """
-        form = provider.build(cut)
-        if direction == TRAINING:
-            found = _gradient_error(provider, form, cut, self.tolerance(direction))
-        else:
-            found = self._value_error(provider, form, cut)
-        if cut is not whole:
-            # Ours is what the table is about, however long it takes.
-            predicted = 0.0 if provider.name == OURS else self._predict(provider, form, direction)
+    def _too_slow(self, provider: Provider, direction: str) -> str | None:
+        """Whether a call would take too long: tried at growing lengths, so that no prediction leaps far."""
+        # Ours is what the table is about, however long it takes.
+        if provider.name == OURS:
+            return None
+        length, target = CUT, self.shape.length
+        while length < target:
+            following = min(LEAP * length, target)
+            predicted = self._seconds(provider, direction, length) * (following / length) ** provider.growth
             if predicted > self.limits.seconds:
+                predicted *= (target / following) ** provider.growth
                 return f"would take about {predicted:.2g} s a call"
-            if direction == FORWARD:
-                found = max(found, self._value_error(provider, provider.build(whole), whole))
-        return found
+            length = following
+        return None
 
-    def _predict(self, provider: Provider, form: Form, direction: str) -> float:
-        work = direction_work(form, direction)
-        begin = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - begin) * (self.shape.length / min(CUT, self.shape.length)) ** provider.growth
-
-    def _value_error(self, provider: Provider, form: Form, problem: Problem) -> float:
-        length, positions = problem.shape.length, None
-        if provider.by_position and length > CUT:
-            chosen = torch.linspace(0, length - 1, CHECKED_POSITIONS, dtype=torch.float64)
-            positions = chosen.long().unique().to(self.device)
-        with torch.no_grad():
-            got = _real(problem, provider, form.call())
-            expected = _real(problem, provider, provider.oracle(problem.exact(), positions))
-        worst = 0.0
-        for y, z in zip(got, expected, strict=True):
-            y = y if positions is None else y[:, positions]
-            assert y.dtype == self.dtype, f"expected a result in {self.dtype}, got {y.dtype}"
-            assert y.shape == z.shape, f"expected shape {tuple(z.shape)}, got {tuple(y.shape)}"
-            worst = max(worst, error(y, z))
-        limit = self.tolerance(FORWARD)
-        assert worst <= limit, f"error {worst:.3g} is over {limit:.3g}"
-        return worst
+    def _seconds(self, provider: Provider, direction: str, length: int) -> float:
+        shape = replace(self.shape, length=length)
+        key = self.operation, provider.name, direction, replace(shape, name=""), self.dtype, self.device
+        if key not in _SECONDS:
+            problem = self.problem().shortened(length)
+            work = direction_work(provider.build(problem), direction, problem, provider)
+            work()
+            _SECONDS[key] = Clock(self.device, flush=False).seconds(work)
+            del problem, work
+            timing.release(self.device)
+        return _SECONDS[key]
 
     def _too_large(self, provider: Provider) -> str | None:
         if provider.peak_bytes is None:
             return None
         # Predictions are for two bytes an element.
         predicted = provider.peak_bytes(self.shape) * self.dtype.itemsize / 2
-        free = free_bytes(self.device)
-        return f"needs about {predicted / 1e9:.3g} GB" if predicted > free else None
+        return f"needs about {predicted / 1e9:.3g} GB" if predicted > free_bytes(self.device) else None
 
     def time(self) -> list[Row]:
         """A row for every provider and direction; `check` comes first."""
         rows = []
         for direction in self.directions:
             ceilings = Ceilings.measure(self.device, self.dtype, self.quick)
-            works = self._works(direction)
+            works = self.works(direction)
             taken = take_turns(
                 works, Clock(self.device), self.limits.budget, least=self.limits.least,
                 warm_up=1 if self.limits.least < timing.LEAST else timing.WARM_UP,
@@ -183,10 +170,31 @@ class Comparison:
             timing.release(self.device)
         return rows
 
-    def _works(self, direction: str) -> dict[str, Work]:
-        problem = self.problem()
-        able = [p for p in self.providers if (p.name, direction) not in self._gaps]
-        return {p.name: direction_work(p.build(problem), direction, problem, p) for p in able}
+    def works(self, direction: str) -> dict[str, Work]:
+        """What is timed in a direction, by provider, all of them on one problem and called once."""
+        problem, found = self.problem(), {}
+        for provider in self.providers:
+            if (provider.name, direction) in self.gaps:
+                continue
+            work = direction_work(provider.build(problem), direction, problem, provider)
+            fault = self._warm(provider, work)
+            if fault:
+                self.gaps[provider.name, direction] = fault
+            else:
+                found[provider.name] = work
+        return found
+
+    def _warm(self, provider: Provider, work: Work) -> str | None:
+        """Why the first call at the whole shape failed, or None."""
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            return "out of memory"
+        except Exception as reason:
+            if provider.name == OURS:
+                raise
+            return f"{type(reason).__name__}: {_first_line(reason)}"
+        return None
 
     def _head(self, provider: Provider, direction: str) -> Row:
         shape = self.shape
@@ -204,11 +212,14 @@ class Comparison:
 
     def _checked(self, provider: Provider, direction: str) -> Row:
         found = self._errors[provider.name, direction]
-        return {"error": float(f"{found:.3g}"), "tolerance": self.tolerance(direction)}
+        limit = tolerance(self.operation, self.dtype, direction)
+        small = self.shape.tokens <= CHECKED_TOKENS and self.shape.length <= CHECKED_LENGTH
+        length = self.shape.length if small or direction == FORWARD else CUT
+        return {"error": float(f"{found:.3g}"), "tolerance": limit, "checked_length": length}
 
     def _timed_row(self, provider: Provider, direction: str, taken: dict[str, list[float]], ceilings: Ceilings) -> Row:
         head = self._head(provider, direction)
-        gap = self._gaps.get((provider.name, direction))
+        gap = self.gaps.get((provider.name, direction))
         if gap:
             return {**head, "gap": gap}
         seconds = taken[provider.name]
@@ -227,9 +238,9 @@ class Comparison:
     def _floor(self, direction: str, ceilings: Ceilings) -> float:
         """Milliseconds at the measured ceilings, every stage at its own."""
         ways = DIRECTIONS if direction == TRAINING else DIRECTIONS[:1]
-        bandwidth = ceilings.copy_bytes * 2 / self.dtype.itemsize
+        rate, bandwidth, size = ceilings.matrix_flops, ceilings.copy_bytes, self.dtype.itemsize
         stages = [(stage, way) for stage in _STAGE[self.operation] for way in ways]
-        return sum(floor_ms(self.shape, stage, way, ceilings.matrix_flops, bandwidth) for stage, way in stages)
+        return sum(floor_ms(self.shape, stage, way, rate, bandwidth, size) for stage, way in stages)
 
     def memory(self) -> list[Row]:
         """Peak and saved bytes of every provider and direction; `check` comes first."""
@@ -237,93 +248,23 @@ class Comparison:
         for direction in self.directions:
             for provider in self.providers:
                 head = self._head(provider, direction)
-                gap = self._gaps.get((provider.name, direction))
+                gap = self.gaps.get((provider.name, direction))
                 if gap:
                     rows.append({**head, "gap": gap})
                     continue
                 problem = self.problem()
                 form = provider.build(problem)
                 work = direction_work(form, direction, problem, provider)
-                found = footprint(work, form.call if direction == TRAINING else None, self.device)
-                rows.append({**head, "unit": "bytes", **found, **self._checked(provider, direction)})
+                fault = self._warm(provider, work)
+                if fault:
+                    rows.append({**head, "gap": fault})
+                else:
+                    found = footprint(work, form.call if direction == TRAINING else None, self.device)
+                    rows.append({**head, "unit": "bytes", **found, **self._checked(provider, direction)})
                 del problem, form, work
                 timing.release(self.device)
         return rows
 
 
-def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _real(problem: Problem, provider: Provider, outputs: Outputs) -> tuple[Tensor, ...]:
-    """What of a result means something: a tree's matrix has a bound of rows, not all of them nodes."""
-    if problem.operation == "tree" and provider.ours and not provider.by_position:
-        return tuple(y[:, : problem.layout.unused_base] for y in _tuple(outputs))
-    return _tuple(outputs)
-
-
-def _cotangents(outputs: Outputs, problem: Problem | None, provider: Provider | None) -> list[Tensor]:
-    """Random, the same for equal shapes, and zero where a result means nothing."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for y in _tuple(outputs):
-        cotangent = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-        if problem is not None and provider is not None:
-            real = _real(problem, provider, y)[0]
-            if real.shape != y.shape:
-                cotangent[:, real.shape[1] :] = 0
-        made.append(cotangent)
-    return made
-
-
-def direction_work(
-    form: Form, direction: str, problem: Problem | None = None, provider: Provider | None = None
-) -> Work:
-    """What is timed: the call without a graph, or the call and its backward pass."""
-    if direction == FORWARD:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return form.call()
-
-        return forward
-    leaves = list(form.leaves.values())
-    # Made at the first call, whose result tells the shape: it is the warm-up's.
-    kept: list[Tensor] = []
-
-    def training() -> object:
-        outputs = form.call()
-        if not kept:
-            kept.extend(_cotangents(outputs, problem, provider))
-        return torch.autograd.grad(_tuple(outputs), leaves, kept)
-
-    return training
-
-
-def _gradient_error(provider: Provider, form: Form, problem: Problem, tolerance: float) -> float:
-    """The largest error of a gradient.
-
-    Raises:
-        AssertionError: one is wrong.
-    """
-    outputs = form.call()
-    up = _cotangents(outputs, problem, provider)
-    got = torch.autograd.grad(_tuple(outputs), list(form.leaves.values()), up)
-    twin = problem.exact()
-    leaves = provider.build(twin).leaves
-    expected = torch.autograd.grad(
-        _tuple(provider.oracle(twin, None)), list(leaves.values()), [cotangent.double() for cotangent in up]
-    )
-    names = list(form.leaves)
-    assert_same_gradients(names, list(got), list(expected), tolerance)
-    largest = max(e.square().mean().sqrt().item() for e in expected)
-    sizes = [(g, e) for g, e in zip(got, expected, strict=True) if e.square().mean().sqrt().item() > 1e-12 * largest]
-    return max(error(g, e) for g, e in sizes)
-
-
 def _first_line(reason: BaseException) -> str:
     return str(reason).partition("\n")[0][:200]
-
-
-def shape_named(shape: Shape, **changes: Any) -> Shape:
-    return replace(shape, **changes)

@@ -22,10 +22,16 @@ from lmn_kernels.functional import attend, build_tree
 
 from .peers import attention as causal
 from .peers import flex, linear_attention, materialized, node_level, recurrent
+from .peers.compiled import compile_whole
 from .problems import Form, Outputs, Problem
 from .shapes import Shape, naive_peak_bytes
 
 OURS = "ours"
+# Tokens of a sequence up to which an oracle may be of the materialising kind.
+ANOTHER_ROUTE = 1 << 12
+
+
+Oracle = Callable[[Problem, Tensor | None], Outputs]
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,21 @@ class Provider:
         no_training: why it has no backward here, or None.
         ours: whether it computes our network, so that our floor is its floor.
         by_position: whether its result is ``[B, L, …]``, so that the oracle may be asked for some positions.
+        nodes: whether its result is the matrix of a tree's nodes.
+        token_by_token: whether its oracle is a loop over tokens, and asked for the first of long sequences only.
         growth: power of L with which its time grows.
         peak_bytes: a prediction for bfloat16, where it is known to be large.
     """
 
     name: str
     build: Callable[[Problem], Form]
-    oracle: Callable[[Problem, Tensor | None], Outputs]
+    oracle: Oracle
     missing: Callable[[Problem], str | None] = lambda problem: None
     no_training: Callable[[Problem], str | None] = lambda problem: None
     ours: bool = True
     by_position: bool = True
+    nodes: bool = False
+    token_by_token: bool = False
     growth: float = 1.0
     peak_bytes: Callable[[Shape], float] | None = None
 
@@ -102,7 +112,14 @@ def materialized_memory(problem: Problem) -> Tensor:
 
 
 def _expected_memory(problem: Problem, positions: Tensor | None) -> Tensor:
-    return _at(problem.layer.parallel(problem.x), positions)
+    """The memory tensor by its definition: our nodes, gathered."""
+    shape, layout = problem.shape, problem.layout
+    every = torch.arange(shape.length, device=problem.device)
+    chosen = every if positions is None else positions
+    sequence = torch.arange(shape.batch, device=problem.device)[:, None].expand(-1, len(chosen))
+    row, exists = layout.slots(sequence, (chosen + 1).expand_as(sequence), layout.levels)
+    upper = our_tree(problem)[:, row] * exists[..., None]
+    return torch.cat([problem.x[:, chosen, None], upper.permute(1, 2, 3, 0, 4).flatten(2, 3)], 2)
 
 
 def materialized_layer(problem: Problem, mix: Callable[..., Tensor] = materialized.mix) -> Tensor:
@@ -112,14 +129,12 @@ def materialized_layer(problem: Problem, mix: Callable[..., Tensor] = materializ
 
 @functools.lru_cache(maxsize=2)
 def _compiled_mix(mode: str | None) -> Callable[..., Tensor]:
-    return torch.compile(materialized.mix, dynamic=False, mode=mode)
+    return compile_whole(materialized.mix, mode=mode)
 
 
 def _compiled_layer(problem: Problem) -> Tensor:
     mode = "max-autotune-no-cudagraphs" if problem.device.type == "cuda" else None
-    # One compilation a shape and direction; past its limit the compiler would run the function uncompiled.
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        return materialized_layer(problem, _compiled_mix(mode))
+    return materialized_layer(problem, _compiled_mix(mode))
 
 
 def _no_compiler(problem: Problem) -> str | None:
@@ -222,8 +237,8 @@ def _sdpa_missing(backend: SDPBackend) -> Callable[[Problem], str | None]:
 
 
 def _math_bytes(shape: Shape) -> float:
-    """Scores, weights and their gradients."""
-    return 2 * 4 * shape.batch * shape.heads * shape.length**2
+    """Scores, weights and a gradient."""
+    return 2 * 3 * shape.batch * shape.heads * shape.length**2
 
 
 def _recurrent_module(problem: Problem, kind: type[nn.GRU] | type[nn.LSTM]) -> nn.GRU | nn.LSTM:
@@ -240,8 +255,15 @@ def _recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem], Form]:
     return build
 
 
+def _until(problem: Problem, positions: Tensor | None) -> Tensor:
+    """The tokens that the results at ``positions`` depend on."""
+    return problem.x if positions is None else problem.x[:, : int(positions.max()) + 1]
+
+
 def _expected_recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem, Tensor | None], Tensor]:
-    return lambda problem, positions: _at(recurrent.definition(_recurrent_module(problem, kind), problem.x), positions)
+    return lambda problem, positions: _at(
+        recurrent.definition(_recurrent_module(problem, kind), _until(problem, positions)), positions
+    )
 
 
 def _fla_module(problem: Problem, name: str) -> linear_attention.Layer:
@@ -259,7 +281,9 @@ def _fla(name: str) -> Callable[[Problem], Form]:
 
 
 def _expected_fla(name: str) -> Callable[[Problem, Tensor | None], Tensor]:
-    return lambda problem, positions: _at(_fla_module(problem, name)(problem.x, literally=True), positions)
+    return lambda problem, positions: _at(
+        _fla_module(problem, name)(_until(problem, positions), literally=True), positions
+    )
 
 
 def _fla_missing(problem: Problem) -> str | None:
@@ -279,28 +303,63 @@ def _ours_missing(operation: str) -> Callable[[Problem], str | None]:
     return missing
 
 
+def _gathered(problem: Problem) -> Tensor:
+    return node_level.attention(problem, problem.token_qkv, problem.node_qv)
+
+
+def _expected_projections(problem: Problem) -> tuple[Tensor, ...]:
+    """Each projection by its own product."""
+    sva, x = problem.layer.sva, problem.x.flatten(0, 1)
+    nodes = problem.nodes
+    return torch.cat([sva.q(x), sva.k(x), sva.v(x)], -1), torch.cat([sva.q(nodes), sva.v(nodes)], -1)
+
+
+def _by_another_route(
+    other: Callable[[Problem], Tensor], own: Callable[[Problem, Tensor | None], Tensor]
+) -> Callable[[Problem, Tensor | None], Tensor]:
+    """Another form as the oracle of ours; where that is too large, our reference in float64."""
+
+    def expected(problem: Problem, positions: Tensor | None) -> Tensor:
+        if problem.shape.length > ANOTHER_ROUTE:
+            return own(problem, positions)
+        return _at(other(problem), positions)
+
+    return expected
+
+
 def _registry() -> dict[str, dict[str, Provider]]:
-    expected: dict[str, Callable[[Problem, Tensor | None], Outputs]] = {
-        "tree": lambda problem, positions: our_tree(problem),
-        "projections": lambda problem, positions: our_projections(problem),
-        "attention": lambda problem, positions: _at(_attention_rows(our_attention)(problem), positions),
-        "layer": lambda problem, positions: _at(our_layer(problem), positions),
+    def attention_at(problem: Problem, positions: Tensor | None) -> Tensor:
+        return _at(_attention_rows(our_attention)(problem), positions)
+
+    def layer_at(problem: Problem, positions: Tensor | None) -> Tensor:
+        return _at(our_layer(problem), positions)
+
+    def tree_of(problem: Problem, positions: Tensor | None) -> Tensor:
+        return our_tree(problem)
+
+    ours: dict[str, Oracle] = {"tree": tree_of, "attention": attention_at, "layer": layer_at}
+    expected: dict[str, Oracle] = {
+        "tree": lambda problem, positions: node_level.tree(problem),
+        "projections": lambda problem, positions: _expected_projections(problem),
+        "attention": _by_another_route(_attention_rows(_gathered), attention_at),
+        "layer": _by_another_route(materialized_layer, layer_at),
     }
     tree = [
-        Provider(OURS, _own(our_tree), expected["tree"], _ours_missing("build_tree"), by_position=False),
-        Provider("node-level", _own(node_level.tree), expected["tree"], by_position=False),
-        Provider("materialised", _own(materialized_memory), _expected_memory, growth=1.1, peak_bytes=naive_peak_bytes),
+        Provider(OURS, _own(our_tree), expected["tree"], _ours_missing("build_tree"), by_position=False, nodes=True),
+        Provider(
+            "node-level", _own(node_level.tree), lambda problem, _: our_tree(problem), by_position=False, nodes=True
+        ),
+        Provider(
+            "materialised memory", _own(materialized_memory), _expected_memory, growth=1.1, peak_bytes=naive_peak_bytes
+        ),
         Provider("one product", _product, _expected_product, ours=False, by_position=False),
     ]
     projections = [Provider(OURS, _own(our_projections), expected["projections"], by_position=False)]
 
-    def gathered(problem: Problem) -> Tensor:
-        return node_level.attention(problem, problem.token_qkv, problem.node_qv)
-
     attention = [
         Provider(OURS, _own(_attention_rows(our_attention)), expected["attention"], _ours_missing("attend")),
         Provider(
-            "node-level", _own(_attention_rows(gathered)), expected["attention"],
+            "node-level", _own(_attention_rows(_gathered)), ours["attention"],
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
         Provider("FlexAttention", _rows_of(_flex_attention), expected["attention"], _no_compiler, _no_flex_backward),
@@ -312,10 +371,10 @@ def _registry() -> dict[str, dict[str, Provider]]:
             "materialised", _own(materialized_layer), expected["layer"], growth=1.1, peak_bytes=naive_peak_bytes
         ),
         Provider(
-            "materialised, compiled", _own(_compiled_layer), expected["layer"], _no_compiler,
+            "materialised, compiled", _own(_compiled_layer), ours["layer"], _no_compiler,
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
-        Provider("node-level", _own(node_level.layer), expected["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
+        Provider("node-level", _own(node_level.layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
         Provider("FlexAttention", _flex_layer, expected["layer"], _no_compiler, _no_flex_backward),
     ]  # fmt: skip
     for name, backend in _SDPA.items():
@@ -333,9 +392,9 @@ def _registry() -> dict[str, dict[str, Provider]]:
             )
         )
     for name in linear_attention.KINDS:
-        layer.append(Provider(name, _fla(name), _expected_fla(name), _fla_missing, ours=False))
+        layer.append(Provider(name, _fla(name), _expected_fla(name), _fla_missing, ours=False, token_by_token=True))
     for name, kind in (("GRU", nn.GRU), ("LSTM", nn.LSTM)):
-        layer.append(Provider(name, _recurrent(kind), _expected_recurrent(kind), ours=False))
+        layer.append(Provider(name, _recurrent(kind), _expected_recurrent(kind), ours=False, token_by_token=True))
     every = {"tree": tree, "projections": projections, "attention": attention, "layer": layer}
     return {operation: {p.name: p for p in providers} for operation, providers in every.items()}
 

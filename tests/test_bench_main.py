@@ -68,6 +68,7 @@ def test_ctrl_c_and_on(small, monkeypatch, capsys):
     "argv, message",
     [
         (["kernels", "--device", "nowhere"], "device: expected one of this machine's, got 'nowhere'"),
+        (["kernels", "--device", "meta"], "device: expected cpu or cuda, got 'meta'"),
         (["kernels", "--threads", "0"], "threads: expected at least 1, got 0"),
         (["report", "--results", "nowhere"], "results: expected a folder, got nowhere"),
     ],

@@ -30,7 +30,10 @@ class AtenStep:
         self.qkv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.k, sva.v)]) for name in PARTS)
         self.qv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.v)]) for name in PARTS)
         self.out = sva.out_proj.weight, sva.out_proj.bias
-        self.weight, self.bias = summarizer.merge().weight[:, 0], summarizer.merge().bias[:, None]  # type: ignore
+        merge = summarizer.merge()  # type: ignore
+        self.weight, self.bias = merge.weight[:, 0], merge.bias[:, None]
+        # Of one bank: as a matrix that torch multiplies with a vector without turning it first.
+        self.row = merge.weight[0, 0].T.contiguous(), merge.bias[0]
         self.position = int(state.position[0])
         dtype = sva.q.weight.dtype
         self.token = state.token.to(dtype)
@@ -46,8 +49,9 @@ class AtenStep:
         if not crossed & 1:
             left, new = left.expand(bank, -1), new.expand(bank, -1)
         while crossed >> level:
-            pair = torch.cat([left, new], 1)[:, None]
-            new = torch.baddbmm(self.bias, pair, self.weight)[:, 0]
+            pair = torch.cat([left, new], 1)
+            one = self.bank == 1
+            new = F.linear(pair, *self.row) if one else torch.baddbmm(self.bias, pair[:, None], self.weight)[:, 0]
             left, self.nodes[level - 1] = self.nodes[level - 1], new
             fresh.append(new)
             level += 1

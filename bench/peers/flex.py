@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from bench.peers.compiled import compile_whole
 from bench.problems import Problem
 from python_ref.layout import constant
 
@@ -80,7 +81,7 @@ def _block_mask(start: Tensor, stop: Tensor, length: int, mask_mod: Callable[...
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return compile_whole(flex_attention)
 
 
 def attention(problem: Problem, keys: Slots, token_qkv: Tensor, node_qv: Tensor) -> Tensor:

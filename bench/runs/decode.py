@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from bench.peers.streams import CachedAttention, Recurrent
 from bench.runner import Case, Context
 from bench.shapes import Shape
 from bench.terminal import table
+from bench.timing import pair_ratio
 from lmn_kernels import LogarithmicMixing, MemoryState, decode_
 from lmn_kernels._backend import why_not
 from tests.close import error
@@ -36,9 +38,10 @@ TURN, RUN = 64, 512
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Beside ``layer.step``, which is "ours": the operation under it, with a token and with many tokens a call.
 OPERATION, MANY = "ours, decode_", f"ours, decode_ of {RUN} tokens"
-# Slower contenders get fewer tokens a turn, to bring a turn to this.
+# Slower contenders whose tokens all cost alike get fewer of them a turn, to bring a turn to this.
 TURN_SECONDS = 0.15
-CHECKED = 16
+# Bytes of a cache that is read for every token.
+LARGEST_CACHE = 1 << 30
 
 Token = Callable[[Tensor], Tensor]
 
@@ -48,14 +51,18 @@ class Stream:
     """A contender.
 
     Attributes:
-        token: ``x [1, E]`` → ``y [1, E]``, and on to the next position.
+        token: ``x [T, E]`` → ``y [T, E]``, and on by as many positions.
         start: puts it at a position.
-        expected: ``x [T, E]`` → ``[T, E]`` from that position, in float64 and by another route; or why there is none.
+        expected: ``x [T, E]`` → ``[T, E]`` from that position, in float64 and by another route.
+        uneven: whether one token costs more than another, as merging does.
+        call: T, tokens of a call.
     """
 
     token: Token
     start: Callable[[int], None]
     expected: Callable[[Tensor], Tensor]
+    uneven: bool = False
+    call: int = 1
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
@@ -115,30 +122,37 @@ def streams(shape: Shape, dtype: torch.dtype, n: int) -> dict[str, Stream | str]
     """Every contender, or why it cannot run."""
     layer = _layer(shape, dtype, "auto")
 
+    known: list[Tensor] = []
+
     def expected(x: Tensor) -> Tensor:
-        return _expected_step(layer, x, n)
+        if not known:
+            known.append(_expected_step(layer, x, n))
+        return known[0]
 
     found: dict[str, Stream | str] = {}
     reason = why_not("cpp", "step", torch.device("cpu"), dtype)
     if reason:
-        found["ours"] = found[OPERATION] = reason
+        found["ours"] = found[OPERATION] = found[MANY] = reason
     else:
-        for name, face in (("ours", "layer"), (OPERATION, "operation")):
+        for name, face, call in (("ours", "layer", 1), (OPERATION, "operation", 1), (MANY, "operation", RUN)):
             ours = Ours(_layer(shape, dtype, "cpp"), face)
-            found[name] = Stream(ours, ours.start, expected)
+            found[name] = Stream(ours, ours.start, expected, True, call)
     reference = Ours(_layer(shape, dtype, "reference"), "layer")
-    found["reference"] = Stream(reference, reference.start, expected)
+    found["reference"] = Stream(reference, reference.start, expected, True)
     for name, fused in (("ATen loop", False), ("ATen loop, fused", True)):
         found[name] = _aten(layer, fused, expected)
-    cache = 2 * 2 * n * shape.embedding * dtype.itemsize
-    if cache > 4e9:
-        found["KV cache"] = f"a cache of {cache / 2e9:.2g} GB"
-    else:
-        for name, fused in (("KV cache", False), ("KV cache, fused", True)):
-            cached = CachedAttention(layer, n + RUN, fused)
+    for kept in (dtype,) if dtype == torch.float32 else (dtype, torch.float32):
+        # Elsewhere than in our step, PyTorch's bfloat16 is slow on many CPUs: its float32 is the stronger contender.
+        tag = "" if kept == dtype else ", float32"
+        cache = 2 * n * shape.embedding * kept.itemsize
+        for name, fused in ((f"KV cache{tag}", False), (f"KV cache, fused{tag}", True)):
+            if cache > LARGEST_CACHE:
+                found[name] = f"not tried: a cache of {cache / 1e9:.2g} GB is read for every token"
+                continue
+            cached = CachedAttention(layer, n + RUN, fused, kept)
             found[name] = Stream(cached, cached.start, partial(_expected_cached, cached, n))
-    for name, kind in (("GRU", nn.GRU), ("LSTM", nn.LSTM)):
-        found[name] = _recurrent(kind, shape.embedding, dtype)
+        for name, kind in ((f"GRU{tag}", nn.GRU), (f"LSTM{tag}", nn.LSTM)):
+            found[name] = _recurrent(kind, shape.embedding, kept)
     return found
 
 
@@ -148,7 +162,7 @@ def _aten(layer: LogarithmicMixing, fused: bool, expected: Callable[[Tensor], Te
     def start(n: int) -> None:
         kept[:] = [AtenStep(layer, made_up(layer, n), fused)]
 
-    return Stream(lambda x: kept[0](x), start, expected)
+    return Stream(lambda x: kept[0](x), start, expected, True)
 
 
 def _expected_cached(cached: CachedAttention, n: int, x: Tensor) -> Tensor:
@@ -174,13 +188,13 @@ def _recurrent(kind: type[nn.GRU] | type[nn.LSTM], embedding: int, dtype: torch.
     return Stream(made, start, expected)
 
 
-def single(call: Token, x: Tensor) -> list[float]:
-    """Seconds of each call for the tokens of ``x [T, E]``."""
+def calls(token: Token, x: Tensor, call: int = 1) -> list[float]:
+    """Seconds a token of each call, over so many tokens of ``x [T, E]`` each."""
     times = []
-    for token in x.split(1):
+    for tokens in x.split(call):
         start = time.perf_counter()
-        call(token)
-        times.append(time.perf_counter() - start)
+        token(tokens)
+        times.append((time.perf_counter() - start) / len(tokens))
     return times
 
 
@@ -191,7 +205,7 @@ def check(stream: Stream, x: Tensor, n: int) -> float:
         AssertionError: it is wrong.
     """
     stream.start(n)
-    got = torch.cat([stream.token(token) for token in x.split(1)])
+    got = torch.cat([stream.token(tokens) for tokens in x.split(stream.call)])
     found = error(got, stream.expected(x))
     limit = TOLERANCE[x.dtype]
     assert found <= limit, f"error {found:.3g} is over {limit:.3g}"
@@ -208,59 +222,55 @@ def at_position(shape: Shape, dtype: torch.dtype, n: int, turns: int) -> list[Ro
     }  # fmt: skip
     rows: dict[str, Row] = {}
     torch.manual_seed(4)
-    x = torch.randn(TURN, shape.embedding).to(dtype)
+    x = torch.randn(RUN, shape.embedding).to(dtype)
     for name, stream in streams(shape, dtype, n).items():
         rows[name] = {"provider": name, **head}
         if isinstance(stream, str):
             rows[name]["gap"] = stream
             continue
         try:
-            rows[name] |= {"error": float(f"{check(stream, x[:CHECKED], n):.3g}"), "tolerance": TOLERANCE[dtype]}
+            rows[name] |= {"error": float(f"{check(stream, x[:TURN], n):.3g}"), "tolerance": TOLERANCE[dtype]}
             able[name] = stream
         except AssertionError as wrong:
             rows[name]["gap"] = f"gate: {wrong}"
-    prompt = torch.randn(1, RUN, shape.embedding).to(dtype)
-    seconds = _turns(able, x, prompt, n, turns)
-    for name, times in seconds.items():
-        row = rows.setdefault(name, {**rows["ours"], "provider": name})
-        row |= _spread(times) | {"unit": "us", "repeats": len(times)}
-        if name != "ours" and "ours" in seconds:
-            row["ratio"] = float(f"{statistics.median(times) / statistics.median(seconds['ours']):.4g}")
+    taken = _turns(able, x, n, turns)
+    for name, found in taken.items():
+        rows[name] |= _spread(found)
+        if name != "ours" and "ours" in taken:
+            rows[name]["ratio"] = float(f"{pair_ratio(_means(found), _means(taken['ours'])):.4g}")
     return list(rows.values())
 
 
-def _turns(able: dict[str, Stream], x: Tensor, prompt: Tensor, n: int, turns: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in able}
-    if OPERATION in able:
-        seconds[MANY] = []
-    tokens = dict.fromkeys(able, TURN)
+def _turns(able: dict[str, Stream], x: Tensor, n: int, turns: int) -> dict[str, list[list[float]]]:
+    """Seconds a token of every call of every turn."""
+    taken: dict[str, list[list[float]]] = {name: [] for name in able}
+    tokens = {name: max(TURN, stream.call) for name, stream in able.items()}
     for turn in range(turns + 2):
         for name, stream in able.items():
             stream.start(n)
-            times = single(stream.token, x[: tokens[name]])
-            if turn < 2:  # the first ones warm up, and tell how many tokens fit
-                tokens[name] = max(4, min(TURN, int(TURN_SECONDS / statistics.median(times))))
-            else:
-                seconds[name] += times
-        if OPERATION in able:
-            run = able[OPERATION]
-            run.start(n)
-            begin = time.perf_counter()
-            ours = run.token
-            assert isinstance(ours, Ours)
-            decode_(prompt, ours.state, ours.weights)
+            found = calls(stream.token, x[: tokens[name]], stream.call)
             if turn >= 2:
-                seconds[MANY].append((time.perf_counter() - begin) / RUN)
-    return seconds
+                taken[name].append(found)
+            elif not stream.uneven:  # the first ones warm up, and tell how many tokens fit
+                tokens[name] = max(4, min(TURN, int(TURN_SECONDS / statistics.median(found))))
+    return taken
 
 
-def _spread(seconds: list[float]) -> Row:
-    ordered = sorted(seconds)
+def _means(turns: list[list[float]]) -> list[float]:
+    return [statistics.fmean(found) for found in turns]
 
-    def at(share: float) -> float:
-        return float(f"{1e6 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.4g}")
 
-    return {"median": float(f"{1e6 * statistics.median(ordered):.4g}"), "p20": at(0.2), "p80": at(0.8), "p99": at(0.99)}
+def _spread(turns: list[list[float]]) -> Row:
+    """Microseconds a token: median and percentiles over the means of turns; typical and 99th over single calls.
+
+    Every second token merges nothing, so a median over tokens stands between two kinds of them.
+    """
+    low, *_, high = statistics.quantiles(_means(turns), n=5, method="inclusive")
+    single = sorted(second for found in turns for second in found)
+    found = {"median": statistics.median(_means(turns)), "p20": low, "p80": high}
+    found |= {"typical": statistics.median(single), "p99": single[math.ceil(0.99 * len(single)) - 1]}
+    rounded = {name: float(f"{1e6 * second:.4g}") for name, second in found.items()}
+    return {**rounded, "unit": "us", "repeats": len(turns)}
 
 
 @torch.inference_mode()
@@ -281,9 +291,8 @@ def facts(shape: Shape, dtype: torch.dtype, turns: int) -> list[Row]:
     for _ in range(turns):
         near.start(POSITIONS[0])
         far.start(POSITIONS[-1])
-        times = single(near, x)
-        singles.append(statistics.fmean(times))
-        ratios.append(statistics.fmean(single(far, x)) / singles[-1])
+        singles.append(statistics.fmean(calls(near, x)))
+        ratios.append(statistics.fmean(calls(far, x)) / singles[-1])
     needed = (4 + 1.5 * shape.bank) * shape.embedding**2 * dtype.itemsize
     reached, there = needed / statistics.median(singles), _bandwidth(needed)
     return [

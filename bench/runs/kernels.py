@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.comparison import FORWARD, TRAINING, Comparison, Limits
+from bench.comparison import Comparison, Limits
+from bench.gate import FORWARD, TRAINING
 from bench.journal import Row
 from bench.problems import OPERATIONS
 from bench.providers import REGISTRY

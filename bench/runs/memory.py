@@ -14,11 +14,11 @@ from bench.terminal import memory_table
 # Not the GRU: on a CPU it is millions of small operations, whose record takes gigabytes.
 PROVIDERS = tuple(name for name in scaling.PROVIDERS if name != "GRU")
 # Above, a CPU takes minutes a length, and nothing new is seen.
-LONGEST_ON_CPU = 18
+LONGEST_ON_CPU = 17
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--longest", type=int, help="the largest length, a power of two (default: 262144 on a CPU)")
+    add("--longest", type=int, help="the largest length, a power of two (default: 131072 on a CPU)")
 
 
 def cases(context: Context) -> list[Case]:

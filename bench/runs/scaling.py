@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy
 
-from bench.comparison import FORWARD, TRAINING, Comparison, Limits
+from bench.comparison import Comparison, Limits
+from bench.gate import FORWARD, TRAINING
 from bench.journal import Row
 from bench.runner import Case, Context
 from bench.shapes import Shape
@@ -57,7 +58,7 @@ def comparison(context: Context, length: int, names: tuple[str, ...], limits: Li
 
 
 def cases(context: Context) -> list[Case]:
-    limits = Limits(0.5, 0.1, least=2) if context.quick else Limits(10, 1.5, least=3)
+    limits = Limits(0.5, 0.1, least=2) if context.quick else Limits(6, 1.0, least=3)
     found = []
     for length in lengths(context):
         one = comparison(context, length, PROVIDERS, limits)
@@ -71,12 +72,15 @@ def slopes(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if "median" in row:
             points[row["provider"], row["direction"]][row["shape"]["length"]] = row["median"]
-    found = []
+    found: list[Row] = []
+    longest = max((length for times in points.values() for length in times), default=0)
+    # A short rehearsal has none of the lengths that a slope should be of.
+    start = FROM_LENGTH if longest >= 4 * FROM_LENGTH else 0
     for (provider, direction), times in points.items():
-        long = {length: time for length, time in times.items() if length >= FROM_LENGTH}
-        # Short rehearsals have none that long.
-        used = dict(sorted((long if len(long) > 2 else times).items()))
-        if len(used) < 2:
+        used = {length: time for length, time in sorted(times.items()) if length >= start}
+        if len(used) < 3:
+            gap = f"fewer than three lengths from {start:,} on"
+            found.append({"provider": provider, "operation": "slope", "direction": direction, "gap": gap})
             continue
         slope = numpy.polyfit([math.log(n) for n in used], [math.log(t) for t in used.values()], 1)[0]
         head = {"provider": provider, "operation": "layer", "direction": direction}
