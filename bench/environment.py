@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -24,11 +25,13 @@ def _git(*words: str) -> str | None:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of this checkout as the process found it; both None outside of one."""
-    head = _git("rev-parse", "HEAD")
+    """``commit``, ``dirty`` and ``changes`` (a digest of them, or None) of this checkout as the process found it."""
     # A new result is no change of what produced it.
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
-    return {"commit": head, "dirty": None if changed is None else bool(changed)}
+    code = "--", ".", ":!bench/results", ":!README.md"
+    changed = _git("status", "--porcelain", "--untracked-files=no", *code)
+    digest = hashlib.sha256((_git("diff", "HEAD", *code) or "").encode()).hexdigest()[:12]
+    dirty = None if changed is None else bool(changed)
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": dirty, "changes": digest if dirty else None}
 
 
 def cpu() -> str:
@@ -39,6 +42,13 @@ def cpu() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def extension() -> str | None:
+    """A digest of the compiled extension that lies beside the package, or None where there is none."""
+    built = sorted((ROOT / "lmn_kernels").glob("_C*.so"))
+    return hashlib.sha256(built[0].read_bytes()).hexdigest()[:12] if built else None
 
 
 def _version(package: str) -> str | None:
@@ -71,4 +81,5 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "fla": _version("fla-core"),
+        "extension": extension(),
     }

@@ -49,8 +49,9 @@ def _is_whole(invocation: Invocation) -> bool:
     return invocation.finished and not invocation.start.get("options", {}).get("only")
 
 
-def _rank(invocation: Invocation) -> tuple[bool, bool, str]:
-    return _is_whole(invocation), invocation.finished, invocation.start.get("time", "")
+def _rank(invocation: Invocation) -> tuple[bool, int, str]:
+    # An option may ask for part of a run: what has fewer cases does not replace what has more.
+    return _is_whole(invocation), len(invocation.cases), invocation.start.get("time", "")
 
 
 def _commit(commit: object, dirty: object) -> str:

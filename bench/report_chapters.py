@@ -107,7 +107,6 @@ def table1(rows: Sequence[Row]) -> str:
         def mean(field: str, found: list[Row] = found, marks: list[str] = marks) -> str:
             return over_seeds([row.get(field) for row in found]) if found else " ".join(dict.fromkeys(marks))
 
-        rates = [row["tokens_per_second"] for row in found if row.get("tokens_per_second")]
         lines.append(
             [
                 text(model),
@@ -120,12 +119,11 @@ def table1(rows: Sequence[Row]) -> str:
                 over_seeds([first.get("paper_train")]),
                 mean("validation"),
                 over_seeds([first.get("paper_validation")]),
-                number(sum(rates) / len(rates)) if rates else ABSENT,
             ]
         )
     headers = ["model", "E", "seeds", "steps", "parameters", "paper", "train", "paper", "validation", "paper"]
     how = "Nats per character at the last step, mean ± sample standard deviation over the seeds; the paper's beside it."
-    return join(how, table([*headers, "tokens/s"], lines), str(gaps))
+    return join(how, table(headers, lines), str(gaps))
 
 
 def paper_fig9(rows: Sequence[Row]) -> str:

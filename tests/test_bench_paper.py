@@ -122,7 +122,6 @@ def test_a_finished_training_is_collected(
         "paper_train": paper[1],
         "paper_validation": paper[2],
         "curve": [[0, 4.5, 4.25], [5000, 1.5, 1.75]],
-        "tokens_per_second": 1000.0,
         "corpus": "where.txt",
         "corpus_sha256": TINYSHAKESPEARE_SHA256,
         "trained_commit": "abc",
@@ -271,7 +270,7 @@ def test_rehearsal_of_the_table(text: Path, tmp_path: Path, monkeypatch: pytest.
     context = _context("paper-table1", tmp_path, "--data", str(text), quick=True)
     rows = _rows("paper-table1", context)
     assert [row["model"] for row in rows] == ["gpt2", "logmem", "tinylogmem", "expsum"]
-    assert all(row["steps"] == 2 and row["train"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["steps"] == 2 and row["train"] > 0 for row in rows)
     shown = paper_table1.show(rows[::-1])
     lines = shown.splitlines()[2:6]
     assert [line.split()[1] for line in lines] == ["GPT-2", "LogMem", "TinyLogMem", "ExpSum"]
@@ -299,7 +298,7 @@ def test_rehearsal_of_the_agreement(text: Path, tmp_path: Path, monkeypatch: pyt
     rows = _agree(tmp_path, text, "--tokens", "5000")
     compiled = not agreement.why_not("cpp", "step", torch.device("cpu"), torch.float32)
     served = ["cpp", "reference"] if compiled else ["reference"]
-    assert [(row["case"], row["dtype"], row["comparison"], row["served"]) for row in rows] == [
+    assert [(row["case"].split("/")[0], row["dtype"], row["comparison"], row["served"]) for row in rows] == [
         *(("float32", "float32", "parallel and sequential", name) for name in served),
         *(("bfloat16", "bfloat16", "parallel and sequential", name) for name in served),
         ("bfloat16", "bfloat16", "bfloat16 and float32, both parallel", None),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,9 +68,11 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def cases(context: Context) -> list[Case]:
     subject = _subject(context)
+    # In the name, so that no invocation holds the rows of two models.
+    digest = subject.about["model_sha256"][:8]
     return [
-        Case("float32", functools.partial(_measure_float32, subject)),
-        Case("bfloat16", functools.partial(_measure_bfloat16, subject)),
+        Case(f"float32/{digest}", functools.partial(_measure_float32, subject)),
+        Case(f"bfloat16/{digest}", functools.partial(_measure_bfloat16, subject)),
     ]
 
 
@@ -118,6 +121,8 @@ def _subject(context: Context) -> Subject:
         if corpus.vocabulary != vocabulary:
             raise InputError(f"data: expected the characters that {path} was trained on, got others in {data}")
         about |= {"model": kind, "trained_steps": saved.step}
+    parameters = b"".join(value.detach().numpy().tobytes() for value in model.state_dict().values())
+    about["model_sha256"] = hashlib.sha256(parameters).hexdigest()
     model = model.to(context.device, torch.float32).eval()
     return Subject(model, _text(corpus, tokens).to(context.device), context.backend, about)
 

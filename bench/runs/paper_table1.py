@@ -199,17 +199,16 @@ class Training:
             "paper_train": train,
             "paper_validation": validation,
             "curve": [[row["step"], row["train"], row["validation"]] for row in metrics["rows"]],
-            "tokens_per_second": metrics["tokens_per_second"],
             "corpus": Path(metrics["corpus"]["name"]).name,
             "corpus_sha256": metrics["corpus"]["sha256"],
-            **{f"trained_{name}": environment.get(name) for name in ("commit", "dirty", "threads", "torch")},
+            **{f"trained_{name}": environment.get(name) for name in ("commit", "dirty", "device", "threads", "torch")},
         }
 
 
 def show(rows: list[Row]) -> str:
     order = list(NAMES)
     rows = sorted(rows, key=lambda row: (row["embedding"], order.index(row["model"]), row["seed"]))
-    headers = ["E", "model", "seed", "parameters", "paper", "train", "paper", "validation", "paper", "tokens/s"]
+    headers = ["E", "model", "seed", "parameters", "paper", "train", "paper", "validation", "paper"]
     body = [
         [
             row["embedding"],
@@ -218,7 +217,6 @@ def show(rows: list[Row]) -> str:
             f"{row['parameters']:,}",
             f"{row['paper_parameters']:,}",
             *(f"{row[name]:.4f}" for name in ("train", "paper_train", "validation", "paper_validation")),
-            f"{row['tokens_per_second']:,.0f}",
         ]
         for row in rows
     ]
