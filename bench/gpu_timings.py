@@ -10,12 +10,11 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from lmn_kernels import LogarithmicMixing
 from lmn_kernels.summarizers import Summarizer
@@ -23,9 +22,14 @@ from python_ref.layout import make_layout
 from tests.close import TOLERANCE, error
 
 from . import timing
+from .comparison import Comparison, Limits
+from .gate import FORWARD, TRAINING, direction_work
 from .gpu_programs import clocks
 from .gpu_stage import Report, Settings
 from .peers import materialized
+from .peers.linear_attention import KINDS
+from .problems import Form, Problem
+from .providers import REGISTRY, materialized_layer
 from .shapes import (
     CROSSOVER,
     QUICK_CROSSOVER,
@@ -39,11 +43,14 @@ from .shapes import (
 )
 from .timing import Clock, Work, pair_ratio, spread, take_turns
 
-Form = Callable[[], Tensor]
-
 DTYPE = torch.bfloat16
 # A layer in bfloat16 against itself in float32: its stages' roundings add up.
 SAME = 3 * TOLERANCE[DTYPE][0]
+# The contenders of whole layers, as `bench.providers` calls them.
+CONTENDERS = {
+    "ours": "ours", "lean": "ours, lean", "naive": "materialised",
+    "flash": "sdpa-flash", "cudnn": "sdpa-cudnn", "math": "sdpa-math",
+}  # fmt: skip
 
 
 def shapes_of(settings: Settings) -> dict[str, Shape]:
@@ -55,78 +62,37 @@ def _randn(*sizes: int, device: torch.device) -> Tensor:
 
 
 class Layer:
-    """A mixing layer, its input, and everything that does its work in another way.
-
-    Attributes:
-        x, cotangent: ``[B, L, E]``.
-    """
+    """A mixing layer, its input, and everything that does its work in another way."""
 
     def __init__(self, shape: Shape, settings: Settings):
-        torch.manual_seed(0)
-        self.shape, self.settings, device = shape, settings, settings.torch_device
-        self.layer = LogarithmicMixing(
-            shape.embedding, shape.heads, shape.bank, init="variance_preserving",
-            backend=settings.backend, dtype=DTYPE, device=device,
-        )  # fmt: skip
-        self.x = _randn(shape.batch, shape.length, shape.embedding, device=device).requires_grad_()
-        self.cotangent = _randn(shape.batch, shape.length, shape.embedding, device=device)
-        self.weights: dict[str, Tensor] = dict(self.layer.sva.named_parameters())
-        self.qkv = torch.cat([self.weights[f"{name}.weight"] for name in "qkv"]).detach().requires_grad_()
+        self.shape, self.settings = shape, settings
+        self.problem = Problem("layer", shape, DTYPE, settings.torch_device, settings.backend)
 
-    def ours(self) -> Tensor:
-        return self.layer(self.x)
+    def form(self, name: str) -> Form:
+        """A contender by its name in `CONTENDERS`."""
+        return REGISTRY["layer"][CONTENDERS[name]].build(self.problem)
 
-    def lean(self) -> Tensor:
-        self.layer.lean = True
-        y = self.layer(self.x)
-        self.layer.lean = False
-        return y
+    def work(self, what: str, name: str) -> Work:
+        """``"forward"`` or ``"training"`` of a contender."""
+        return direction_work(self.form(name), what, self.problem, REGISTRY["layer"][CONTENDERS[name]])
 
-    def naive(self, mix: Callable[..., Tensor] = materialized.mix) -> Tensor:
-        summarizer = self.layer.summarizer
-        assert isinstance(summarizer, Summarizer)
-        return mix(self.x, summarizer.weight, summarizer.bias, self.weights, self.shape.heads)
-
-    def attention(self, backend: SDPBackend) -> Tensor:
-        """A causal attention layer of the same size: one product for q, k and v, one for the output."""
-        shape = self.shape
-        qkv = F.linear(self.x, self.qkv).view(shape.batch, shape.length, 3, shape.heads, -1)
-        q, k, v = (qkv[:, :, part].transpose(1, 2) for part in range(3))
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(out.transpose(1, 2).reshape(self.x.shape), self.weights["out_proj.weight"])
-
-    def forward(self, form: Form) -> Work:
-        def work() -> object:
-            with torch.no_grad():
-                return form()
-
-        return work
-
-    def training(self, form: Form, attention: bool = False) -> Work:
-        leaves: list[Tensor] = [self.x, *self.layer.parameters()]
-        if attention:
-            leaves = [self.x, self.qkv, self.weights["out_proj.weight"]]
-        return lambda: torch.autograd.grad(form(), leaves, self.cotangent)
-
-    def work(self, what: str, form: Form, attention: bool = False) -> Work:
-        return self.training(form, attention) if what == "training" else self.forward(form)
-
-    def check(self, report: Report, naive: bool) -> None:
+    def check(self, report: Report, *names: str) -> None:
         """Compare with the reference in float32: what disagrees is not timed.
 
         Raises:
             ValueError: a result is wrong.
         """
-        shape = self.shape
+        shape, problem = self.shape, self.problem
+        # Float64 would not fit beside the largest shapes.
         exact = LogarithmicMixing(
             shape.embedding, shape.heads, shape.bank, backend="reference", device=self.settings.torch_device
         )
-        exact.load_state_dict(self.layer.state_dict())
+        exact.load_state_dict(problem.layer.state_dict())
         with torch.no_grad():
-            expected = exact(self.x.float())
-            for name, form in (("ours", self.ours), ("naive", self.naive))[: 1 + naive]:
-                y = form()
+            expected = exact(problem.x.float())
+            for name in names:
+                y = self.form(name).call()
+                assert isinstance(y, Tensor)
                 if y.dtype != DTYPE:
                     raise ValueError(f"{name} at {shape}: expected {DTYPE}, got {y.dtype}")
                 found = error(y, expected)
@@ -179,7 +145,7 @@ def kernels(settings: Settings, report: Report) -> None:
     device, clock = settings.torch_device, Clock(settings.torch_device)
 
     def warm(shape: Shape) -> None:
-        Layer(shape, settings).check(report, naive=False)
+        Layer(shape, settings).check(report, "ours")
         for _, work in stage_works(shape, settings):
             work()
 
@@ -246,14 +212,14 @@ def layers(settings: Settings, report: Report) -> None:
     def one(shape: Shape, naive: bool) -> None:
         before = timing.allocated(device)
         this = Layer(shape, settings)
-        this.check(report, naive)
-        forms: dict[str, Form] = {"ours": this.ours, "lean": this.lean} | ({"naive": this.naive} if naive else {})
-        for name, form in forms.items():
-            peak = timing.peak_bytes(this.training(form), before, device)
+        this.check(report, "ours", *(["naive"] if naive else []))
+        names = ["ours", "lean", *(["naive"] if naive else [])]
+        for name in names:
+            peak = timing.peak_bytes(this.work(TRAINING, name), before, device)
             if peak is not None:
                 report({"key": f"memory/{name}/{shape.name}", "value": peak, "unit": "bytes"})
-        for what in ("forward", "training"):
-            works = {name: this.work(what, form) for name, form in forms.items() if (what, name) != ("forward", "lean")}
+        for what in (FORWARD, TRAINING):
+            works = {name: this.work(what, name) for name in names if (what, name) != (FORWARD, "lean")}
             taken = take_turns(works, clock, settings.turn_seconds)
             _report_turns(taken, what, what, shape.name, report)
 
@@ -280,32 +246,44 @@ def backends(settings: Settings) -> dict[str, SDPBackend]:
     return {"math": SDPBackend.MATH}
 
 
+def linear_peers(shape: Shape, settings: Settings, directions: tuple[str, ...], report: Report) -> Comparison:
+    """The layers of flash-linear-attention beside one of ours, checked; what cannot run is reported."""
+    limits = Limits(seconds=10, budget=settings.turn_seconds)
+    peers = Comparison(
+        "layer", shape, DTYPE, settings.torch_device, tuple(KINDS), directions, limits, settings.quick, settings.backend
+    )
+    peers.check()
+    for (name, direction), reason in peers.gaps.items():
+        report({"case": f"{name} at {shape}, {direction}", "skipped": reason})
+    return peers
+
+
 def attention(settings: Settings, report: Report) -> None:
-    """Stage: the layer against a causal attention layer, whose implementation is forced by name."""
+    """Stage: the layer against causal attention, its implementation forced by name, and against linear attention."""
     device, clock = settings.torch_device, Clock(settings.torch_device)
 
-    def one(shape: Shape, keys: dict[str, str]) -> None:
+    def one(shape: Shape, keys: dict[str, str], linear: bool) -> None:
         this = Layer(shape, settings)
-        this.check(report, naive=False)
-        forms: dict[str, Form] = {"ours": this.ours}
-        for name, backend in backends(settings).items():
-            form = functools.partial(this.attention, backend)
+        this.check(report, "ours")
+        names = ["ours"]
+        for name in backends(settings):
             try:
-                form()
-                forms[name] = form
+                this.form(name).call()
+                names.append(name)
             except RuntimeError as reason:
                 report({"case": f"{name} at {shape}", "skipped": first_line(reason)})
+        peers = linear_peers(shape, settings, tuple(keys), report) if linear else None
         for what, key in keys.items():
-            works = {name: this.work(what, form, attention=name != "ours") for name, form in forms.items()}
+            works = {name: this.work(what, name) for name in names} | (peers.works(what) if peers else {})
             taken = take_turns(works, clock, settings.turn_seconds)
             _report_turns(taken, key, what if key != "crossover" else key, shape.name, report)
 
     for name in "ACD":
         shape = shapes_of(settings)[name]
-        beside = {what: f"beside attention, {what}" for what in ("forward", "training")}
-        attempt(report, shape, device, one, shape, beside)
+        beside = {what: f"beside attention, {what}" for what in (FORWARD, TRAINING)}
+        attempt(report, shape, device, one, shape, beside, True)
     for shape in QUICK_CROSSOVER if settings.quick else CROSSOVER:
-        attempt(report, shape, device, one, shape, {"training": "crossover"})
+        attempt(report, shape, device, one, shape, {TRAINING: "crossover"}, False)
 
 
 def small(settings: Settings, report: Report) -> None:
@@ -314,8 +292,8 @@ def small(settings: Settings, report: Report) -> None:
     # Half a megabyte of activations lives in the cache in any case.
     clock = Clock(device, flush=False)
     this = Layer(shape, settings)
-    this.check(report, naive=True)
-    works = {name: this.training(form) for name, form in (("ours", this.ours), ("naive", this.naive))}
+    this.check(report, "ours", "naive")
+    works = {name: this.work(TRAINING, name) for name in ("ours", "naive")}
 
     def one(what: str, wrap: Callable[[Work], Work]) -> None:
         calls = 2 if settings.quick else 20
@@ -332,12 +310,12 @@ def scaling(settings: Settings, report: Report) -> None:
 
     def warm(shape: Shape) -> None:
         this = Layer(shape, settings)
-        this.check(report, naive=False)
-        this.training(this.ours)()
+        this.check(report, "ours")
+        this.work(TRAINING, "ours")()
 
     def one(shape: Shape) -> None:
         this = Layer(shape, settings)
-        taken = take_turns({"ours": this.training(this.ours)}, clock, settings.turn_seconds)
+        taken = take_turns({"ours": this.work(TRAINING, "ours")}, clock, settings.turn_seconds)
         _report_turns(taken, "scaling", "scaling", shape.name, report)
 
     shapes = QUICK_SCALING if settings.quick else SCALING
@@ -353,14 +331,17 @@ def compiled(settings: Settings, report: Report) -> None:
     options: dict[str, Any] = {"mode": settings.compile_mode} if settings.device == "cuda" else {"backend": "aot_eager"}
     mix = torch.compile(materialized.mix, fullgraph=True, dynamic=False, **options)
     this = Layer(shape, settings)
-    this.check(report, naive=True)
-    forms: dict[str, Form] = {"ours": this.ours, "compiled": functools.partial(this.naive, mix)}
-    works = {name: this.training(form) for name, form in forms.items()}
+    this.check(report, "ours", "naive")
+    form = Form(functools.partial(materialized_layer, this.problem, mix), this.problem.leaves())
+    works = {
+        "ours": this.work(TRAINING, "ours"),
+        "compiled": direction_work(form, TRAINING, this.problem, REGISTRY["layer"]["materialised"]),
+    }
     begin = time.monotonic()
     works["compiled"]()
     report({"case": "compilation", "seconds": round(time.monotonic() - begin, 1), "options": str(options)})
     with torch.no_grad():
-        found = error(forms["compiled"](), this.naive())
+        found = error(cast(Tensor, form.call()), cast(Tensor, this.form("naive").call()))
     if not found <= SAME:
         raise ValueError(f"compiled at {shape}: error {found:.3g} is over {SAME:.3g}: no time is reported")
     taken = take_turns(works, Clock(settings.torch_device), settings.turn_seconds)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 
 from bench import gpu_check, gpu_correctness, gpu_programs, gpu_timings, timing
 from bench.gpu_stage import Settings, Skipped, Stage, case, run_stage
+from bench.problems import Form
+from bench.providers import REGISTRY
 from bench.shapes import (
     GOALS,
     SHAPES,
@@ -326,7 +329,8 @@ def test_the_determinism_check_sees_noise(tmp_path, monkeypatch):
 
 def test_a_wrong_layer_is_not_timed(tmp_path, monkeypatch):
     rows: list = []
-    monkeypatch.setattr(gpu_timings.Layer, "ours", lambda self: 1.1 * self.layer(self.x))
+    wrong = replace(REGISTRY["layer"]["ours"], build=lambda problem: Form(lambda: 1.1 * problem.layer(problem.x), {}))
+    monkeypatch.setitem(REGISTRY["layer"], "ours", wrong)
     for timed in (gpu_timings.kernels, gpu_timings.layers, gpu_timings.scaling):
         timed(settings(tmp_path), rows.append)
     assert not [row for row in rows if "key" in row]
