@@ -45,7 +45,7 @@ def slope_table(rows: list[Row]) -> str:
     lines = [
         [row["provider"], row["direction"], f"{row['slope']:.3f}", f"{row['from_length']:,} to {row['to_length']:,}"]
         for row in rows
-        if "slope" in row
+        if row.get("slope") is not None
     ]
     return table(["", "", "slope", "over"], lines)
 

@@ -79,8 +79,8 @@ def slopes(rows: Iterable[Row]) -> list[Row]:
     for (provider, direction), times in points.items():
         used = {length: time for length, time in sorted(times.items()) if length >= start}
         if len(used) < 3:
-            gap = f"fewer than three lengths from {start:,} on"
-            found.append({"provider": provider, "operation": "slope", "direction": direction, "gap": gap})
+            # Short ones have no say: what fixed costs make of them is no slope.
+            found.append({"provider": provider, "operation": "layer", "direction": direction, "slope": None})
             continue
         slope = numpy.polyfit([math.log(n) for n in used], [math.log(t) for t in used.values()], 1)[0]
         head = {"provider": provider, "operation": "layer", "direction": direction}
