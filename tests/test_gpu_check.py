@@ -130,7 +130,7 @@ def test_goals_at_the_limits(tmp_path):
     assert rows[5, "attend forward at D, share of copy"]["measured"] == pytest.approx(1)
     assert rows[6, "one product / tree forward at C"]["measured"] == pytest.approx(1)
     assert rows[3, "crossover with attention, L at 32k tokens"]["measured"] == 4096
-    assert {goal.number for goal in GOALS} == {1, 2, 3, 5, 6, 7, 8, 9, 10}
+    assert {goal.number for goal in GOALS} == set(range(1, 11))
     shares = gpu_check.floor_shares(values(), SHAPES)
     assert len(shares) == 5 * 8 and all(row["floor_share"] == pytest.approx(1) for row in shares)
 
@@ -399,6 +399,8 @@ def test_a_rehearsal_runs_every_stage(tmp_path, capsys):
     assert len(record["floor_shares"]) == 5 * 8
     assert all(row["met"] is None for row in record["goals"])
     missing = [row["what"] for row in record["goals"] if row["measured"] is None]
-    assert all(any(word in what for word in ("flash", "cuDNN", "memory", "a token")) for what in missing), missing
+    assert all(
+        any(word in what for word in ("flash", "cuDNN", "memory", "a token", "layer / ours")) for what in missing
+    ), missing
     printed_text = capsys.readouterr().out
     assert len(printed_text) < 12000 and "REHEARSAL" in printed_text and "goal" in printed_text
