@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from . import timing
-from .footprint import footprint, free_bytes
+from .footprint import footprint
 from .gate import FORWARD, TRAINING, Expected, direction_work, gradient_error, tolerance, value_error
 from .journal import Row
 from .problems import Problem
 from .providers import OURS, REGISTRY, Provider
 from .runner import Ceilings
 from .shapes import DIRECTIONS, STAGES, Shape, floor_ms
-from .timing import Clock, Work, pair_ratio, spread, take_turns
+from .timing import Clock, Work, free_bytes, pair_ratio, spread, take_turns
 
 # Gradients are compared with an oracle's on so many tokens and such a length at most; longer sequences are cut for it.
 # An oracle's cost may be quadratic.
@@ -28,8 +28,6 @@ CHECKED_TOKENS, CHECKED_LENGTH, CUT = 1 << 14, 1 << 12, 1 << 10
 # A prediction of time is never for more than so many times the length that was tried.
 LEAP = 4
 _STAGE = {"tree": ("tree",), "projections": ("project",), "attention": ("attend",), "layer": STAGES}
-
-
 # Of contenders at lengths below the one that is asked for.
 _SECONDS: dict[tuple[Any, ...], float] = {}
 
@@ -97,7 +95,8 @@ class Comparison:
         self, provider: Provider, direction: str, whole: Problem, cut: Problem, expected: Expected
     ) -> str | None:
         """Why a provider has no figure in a direction, or None."""
-        try:
+
+        def measure() -> str | None:
             form = provider.build(cut)
             if direction == TRAINING:
                 found = gradient_error(provider, form, cut)
@@ -110,15 +109,9 @@ class Comparison:
                 if direction == FORWARD:
                     found = max(found, value_error(provider, provider.build(whole), whole, expected))
             self._errors[provider.name, direction] = found
-        except AssertionError as wrong:
-            return f"gate: {_first_line(wrong)}"
-        except torch.OutOfMemoryError:
-            return "out of memory, in it or in its check"
-        except Exception as reason:  # a peer's fault, whatever its type, is that peer's gap; ours must not pass
-            if provider.name == OURS:
-                raise
-            return f"{type(reason).__name__}: {_first_line(reason)}"
-        return None
+            return None
+
+        return _gap(provider, measure)
 
     def _too_slow(self, provider: Provider, direction: str) -> str | None:
         """Whether a call would take too long: tried at growing lengths, so that no prediction leaps far."""
@@ -177,24 +170,12 @@ class Comparison:
             if (provider.name, direction) in self.gaps:
                 continue
             work = direction_work(provider.build(problem), direction, problem, provider)
-            fault = self._warm(provider, work)
+            fault = _gap(provider, work)
             if fault:
                 self.gaps[provider.name, direction] = fault
             else:
                 found[provider.name] = work
         return found
-
-    def _warm(self, provider: Provider, work: Work) -> str | None:
-        """Why the first call at the whole shape failed, or None."""
-        try:
-            work()
-        except torch.OutOfMemoryError:
-            return "out of memory"
-        except Exception as reason:
-            if provider.name == OURS:
-                raise
-            return f"{type(reason).__name__}: {_first_line(reason)}"
-        return None
 
     def _head(self, provider: Provider, direction: str) -> Row:
         shape = self.shape
@@ -255,7 +236,7 @@ class Comparison:
                 problem = self.problem()
                 form = provider.build(problem)
                 work = direction_work(form, direction, problem, provider)
-                fault = self._warm(provider, work)
+                fault = _gap(provider, work)
                 if fault:
                     rows.append({**head, "gap": fault})
                 else:
@@ -264,6 +245,21 @@ class Comparison:
                 del problem, form, work
                 timing.release(self.device)
         return rows
+
+
+def _gap(provider: Provider, work: Work) -> str | None:
+    """The reason that ``work`` returns or fails for; None where it does neither."""
+    try:
+        found = work()
+    except AssertionError as wrong:
+        return f"gate: {_first_line(wrong)}"
+    except torch.OutOfMemoryError:
+        return "out of memory, in it or in its check"
+    except Exception as reason:  # a peer's fault, whatever its type, is that peer's gap; ours must not pass
+        if provider.name == OURS:
+            raise
+        return f"{type(reason).__name__}: {_first_line(reason)}"
+    return found if isinstance(found, str) else None
 
 
 def _first_line(reason: BaseException) -> str:

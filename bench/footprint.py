@@ -21,17 +21,6 @@ from .timing import Work
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that a measurement may fill: what is free on a GPU, three quarters of it on the host."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 2e9
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return 0.75 * 1024 * float(fields["MemAvailable"].split()[0])
-
-
 def saved_bytes(run: Callable[[], Any]) -> int:
     """Bytes that ``run`` keeps for backward: distinct storages, parameters and views of them aside (copies count)."""
     kept: dict[int, int] = {}

@@ -15,7 +15,7 @@ from .timing import Work
 
 FORWARD, TRAINING = "forward", "training"
 
-# A layer's stages each round.
+# A layer's stages each round; what is one operation gets one allowance.
 STAGES_OF_ROUNDING = {"layer": 3}
 # One position may be worse than all together, by no more than this; a wrong one is off by about its own size.
 WORST_POSITION = 4
@@ -109,10 +109,10 @@ def value_error(provider: Provider, form: Form, problem: Problem, expected: Expe
         got = real(problem, provider, form.call())
     if positions is not None:
         got = tuple(y[:, positions] for y in got)
-    return _values(problem, provider, got, wanted)
+    return _values(problem, got, wanted)
 
 
-def _values(problem: Problem, provider: Provider, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+def _values(problem: Problem, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
     limit, worst = tolerance(problem.operation, problem.dtype, FORWARD), 0.0
     for y, z in zip(got, wanted, strict=True):
         assert y.dtype == problem.dtype, f"expected a result in {problem.dtype}, got {y.dtype}"
@@ -139,7 +139,7 @@ def gradient_error(provider: Provider, form: Form, problem: Problem) -> float:
     twin = problem.exact()
     leaves = provider.build(twin).leaves
     right = provider.oracle(twin, None)
-    _values(problem, provider, real(problem, provider, outputs), real(problem, provider, right))
+    _values(problem, real(problem, provider, outputs), real(problem, provider, right))
     expected = torch.autograd.grad(
         as_tuple(right), list(leaves.values()), [cotangent.double() for cotangent in up], materialize_grads=True
     )

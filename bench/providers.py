@@ -44,7 +44,7 @@ class Provider:
         oracle: ``(problem in float64, positions [P] or None for all) → what is expected there``.
         missing: why it cannot run here, or None.
         no_training: why it has no backward here, or None.
-        ours: whether it computes our network, so that our floor is its floor.
+        ours: whether it computes what our path does, so that our floor is its floor.
         by_position: whether its result is ``[B, L, …]``, so that the oracle may be asked for some positions.
         nodes: whether its result is the matrix of a tree's nodes.
         token_by_token: whether its oracle is a loop over tokens, and asked for the first of long sequences only.
@@ -350,7 +350,12 @@ def _registry() -> dict[str, dict[str, Provider]]:
             "node-level", _own(node_level.tree), lambda problem, _: our_tree(problem), by_position=False, nodes=True
         ),
         Provider(
-            "materialised memory", _own(materialized_memory), _expected_memory, growth=1.1, peak_bytes=naive_peak_bytes
+            "materialised memory",
+            _own(materialized_memory),
+            _expected_memory,
+            ours=False,
+            growth=1.1,
+            peak_bytes=naive_peak_bytes,
         ),
         Provider("one product", _product, _expected_product, ours=False, by_position=False),
     ]
@@ -368,7 +373,7 @@ def _registry() -> dict[str, dict[str, Provider]]:
         Provider(OURS, _own(our_layer), expected["layer"], _ours_missing("attend")),
         Provider("ours, lean", _own(_lean_layer), expected["layer"], _ours_missing("attend")),
         Provider(
-            "materialised", _own(materialized_layer), expected["layer"], growth=1.1, peak_bytes=naive_peak_bytes
+            "materialised", _own(materialized_layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes
         ),
         Provider(
             "materialised, compiled", _own(_compiled_layer), ours["layer"], _no_compiler,

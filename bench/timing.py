@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,8 +148,14 @@ def allocated(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that a test may fill: what is free on a GPU, a small share of the host's elsewhere."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2e9
+    """Memory that a measurement may fill: what is free on a GPU, three quarters of it on the host."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 2e9
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    return 0.75 * 1024 * float(fields["MemAvailable"].split()[0])
 
 
 def graphed(work: Work, device: torch.device) -> Work:

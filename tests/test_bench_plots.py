@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,20 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from bench import plots, report
-
-ROWS = Path(__file__).parent / "bench_rows"
-
-
-def _rows(run: str) -> list[dict[str, Any]]:
-    [invocation] = report.load(ROWS)[run].values()
-    return invocation.rows
-
-
-def _row(length: int, provider: str, **fields: Any) -> dict[str, Any]:
-    shape = {"batch": 1, "length": length, "embedding": 64, "heads": 4, "bank": 1}
-    head = {"provider": provider, "operation": "layer", "shape": shape, "direction": "forward", "dtype": "float32"}
-    return {**head, **fields}
+from bench import plots
+from tests.bench_rows import row as _row
+from tests.bench_rows import rows as _rows
 
 
 @pytest.fixture

@@ -200,6 +200,19 @@ def test_oracles_go_another_way(operation, monkeypatch):
     assert all(row["gap"].startswith("gate:") for row in one.time())
 
 
+@pytest.mark.parametrize(
+    "operation, name, function",
+    [("layer", "materialised", "materialized_layer"), ("tree", "materialised memory", "materialized_memory")],
+)
+def test_no_contender_is_its_own_oracle(operation, name, function, monkeypatch):
+    right = getattr(providers, function)
+    monkeypatch.setattr(providers, function, lambda problem: 1.01 * right(problem))
+    monkeypatch.setitem(REGISTRY, operation, providers._registry()[operation])
+    one = compared(operation, [name])
+    one.check()
+    assert all(row["gap"].startswith("gate:") for row in one.time())
+
+
 def test_bytes_of_weights_by_dtype():
     shape = Shape("", 1, 8, 16, 2, 1)
     # Read and written in four bytes each.

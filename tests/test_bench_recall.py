@@ -22,12 +22,7 @@ TASK = Task(keys=6, values=5, fillers=3, pairs=3)
 TINY = recall.Plan(steps=4, tokens=64, shortest=2, longest=3, tests=(4, 4), embedding=8, queries=6)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _training(seed: int = 0, count: int = 40, length: int = 100) -> Streams:

@@ -17,8 +17,10 @@ import pytest
 from bench import plots, report, report_chapters
 from bench.errors import InputError
 from bench.report_tables import grid, losses, milliseconds, number, time_cell
+from tests.bench_rows import FOLDER as ROWS
+from tests.bench_rows import row as _row
+from tests.bench_rows import rows as _rows
 
-ROWS = Path(__file__).parent / "bench_rows"
 NAMES = ("kernels", "plots", "decode", "table1", "recall", "agreement")
 README = (
     "# Title\n\n" + "\n\n".join(f"<!-- bench:{name} -->\nold {name}\n<!-- /bench -->" for name in NAMES) + "\n\nEnd\n"
@@ -35,17 +37,6 @@ def readme(tmp_path: Path) -> Path:
     path = tmp_path / "README.md"
     path.write_text(README)
     return path
-
-
-def _rows(run: str) -> list[dict[str, Any]]:
-    [invocation] = report.load(ROWS)[run].values()
-    return invocation.rows
-
-
-def _row(length: int, provider: str, **fields: Any) -> dict[str, Any]:
-    shape = {"batch": 1, "length": length, "embedding": 64, "heads": 4, "bank": 1}
-    head = {"provider": provider, "operation": "layer", "shape": shape, "direction": "forward", "dtype": "float32"}
-    return {**head, **fields}
 
 
 def _start(path: Path, name: str, finished: bool, rows: int = 1, **fields: Any) -> None:

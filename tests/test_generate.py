@@ -14,13 +14,7 @@ from bench import train_lm
 from bench.models import GPT2, MODELS, LanguageModel, build
 from bench.settings import resolve
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--embedding 8 --heads 2 --layers 2 --block 12 --batch 4 --eval-every 2 --eval-batches 2 --save-every 2".split()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..checkpoint import write_file
-from ..environment import describe
-from ..errors import InputError, RunError
-from ..journal import Row
-from ..models import GPT2, LanguageModel, ModelConfig, build
-from ..recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
-from ..runner import Case, Context
+from bench.checkpoint import write_file
+from bench.environment import describe
+from bench.errors import InputError, RunError
+from bench.journal import Row
+from bench.models import GPT2, LanguageModel, ModelConfig, build
+from bench.recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
+from bench.runner import Case, Context
 
 SAVE_EVERY = 30.0  # seconds
 # Of the test streams, the same for every variant and seed.
@@ -78,7 +78,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a variant is trained and tested; the variants differ in nothing else.
+    """How a variant is trained and tested; beside it the variants differ in their `Variant.reach` alone.
 
     Attributes:
         steps: updates.
