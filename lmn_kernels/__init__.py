@@ -1,7 +1,8 @@
 """Logarithmic Memory Networks: attention over O(log n) learned summaries instead of n tokens.
 
 Start with `LogarithmicMemory`, a drop-in for the original's block, or `LogarithmicMixing`, which takes
-the place of self-attention in a block of yours. ``python -m lmn_kernels.info`` tells what runs where.
+the place of self-attention in a block of yours. `LookAheadMemory` is LaMemo, the second memory system.
+``python -m lmn_kernels.info`` tells what runs where.
 """
 
 from python_ref.tree import LinearMerge
@@ -11,7 +12,10 @@ from ._info import info
 from ._version import __version__
 from .block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
 from .decoding import StepWeights, decode_, update_
-from .functional import attend, build_tree
+from .functional import attend, build_tree, look_ahead_attend
+from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer
+from .look_ahead_model import LookAheadLanguageModel, LookAheadMemory
+from .look_ahead_state import LookAheadState
 from .mixing import LogarithmicMixing
 from .sequences import Sequences
 from .state import MemoryState, load_states, save_states
@@ -25,6 +29,11 @@ __all__ = [
     "LinearMerge",
     "LogarithmicMemory",
     "LogarithmicMixing",
+    "LookAheadLanguageModel",
+    "LookAheadMemory",
+    "LookAheadMemoryAttention",
+    "LookAheadMemoryLayer",
+    "LookAheadState",
     "MemoryState",
     "Sequences",
     "StepWeights",
@@ -34,6 +43,7 @@ __all__ = [
     "decode_",
     "info",
     "load_states",
+    "look_ahead_attend",
     "save_states",
     "update_",
 ]

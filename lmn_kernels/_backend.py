@@ -10,9 +10,9 @@ import torch
 
 from . import _env, _extension
 
-OPERATIONS = ("build_tree", "attend", "step")
+OPERATIONS = ("build_tree", "attend", "look_ahead_attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
-IMPLEMENTED = {"reference": OPERATIONS, "triton": ("build_tree", "attend"), "cpp": ("step",)}
+IMPLEMENTED = {"reference": OPERATIONS, "triton": ("build_tree", "attend", "look_ahead_attend"), "cpp": ("step",)}
 
 # Backends that serve a type of device only who asks for them by name: these kernels were compiled, but have
 # not run on a GPU. To be taken out with the first green result of `bench.gpu_check`.

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from python_ref import attention as ref_attention
+from python_ref import look_ahead as ref_look_ahead
 from python_ref import step as ref_step
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout, make_layout, node_rows
-from python_ref.precision import no_autocast
+from python_ref.precision import compute_dtype, no_autocast
 
 _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 
@@ -39,6 +40,17 @@ _LIBRARY.define(f"attend(Tensor token_qkv, Tensor node_qv, int heads, {_WHERE}) 
 _LIBRARY.define(
     f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor out, Tensor lse, int heads, {_WHERE}) "
     "-> (Tensor, Tensor)"
+)
+
+# Rows, start, T, W and where the second table begins: see python_ref.look_ahead.
+_REACH = "Tensor? start, int tokens, int window, int future_row, str backend"
+_LIBRARY.define(
+    f"look_ahead_attend(Tensor q, Tensor kv, Tensor bias, Tensor table, Tensor? output, Tensor? lse, {_REACH}) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "look_ahead_attend_backward(Tensor grad, Tensor grad_lse, Tensor q, Tensor kv, Tensor bias, Tensor table, "
+    f"Tensor out, Tensor total, Tensor? output, Tensor? lse, {_REACH}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 # One token or several of each row into a pool of states (python_ref.step). No gradients.
@@ -72,7 +84,7 @@ def _bank(x: Tensor, weight: Tensor) -> int:
 
 
 def _module(name: str, backend: str) -> ModuleType:
-    """The module of a backend that implements the operations of ``tree`` or ``attention``.
+    """The module of a backend that implements the operations of ``tree``, ``attention`` or ``look_ahead``.
 
     Triton and its kernels are imported at the first call that needs them.
     """
@@ -100,6 +112,18 @@ def _attend(token_qkv, node_qv, heads, *where):
 def _attend_backward(grad, token_qkv, node_qv, out, lse, heads, *where):
     layout = _layout(token_qkv.shape[0], where, token_qkv.device)
     return _module("attention", where[-1]).attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
+
+
+def _look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, future_row, backend):
+    run = _module("look_ahead", backend).attend
+    return run(q, kv, bias, table, output, lse, start, tokens, window, future_row)
+
+
+def _look_ahead_attend_backward(grad, grad_lse, q, kv, bias, table, out, total, output, lse, *reach):
+    # A kernel looks at what the softmax began with only through the merged result.
+    return _module("look_ahead", reach[-1]).attend_backward(
+        grad, grad_lse, q, kv, bias, table, out, total, *reach[:-1]
+    )
 
 
 def _update_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand, block, eps):
@@ -146,12 +170,20 @@ def _build_tree_backward_fake(grad, x, nodes, weight, bias, scale, token, carrie
 
 def _attend_fake(token_qkv, node_qv, heads, *where):
     tokens, size = token_qkv.shape[0], token_qkv.shape[1] // 3
-    lse = torch.promote_types(token_qkv.dtype, torch.float32)
+    lse = compute_dtype(token_qkv.dtype)
     return token_qkv.new_empty(tokens, size), token_qkv.new_empty(tokens, heads, dtype=lse)
 
 
 def _attend_backward_fake(grad, token_qkv, node_qv, out, lse, heads, *where):
     return token_qkv.new_empty(token_qkv.shape), node_qv.new_empty(node_qv.shape)
+
+
+def _look_ahead_attend_fake(q, *rest):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+
+
+def _look_ahead_attend_backward_fake(grad, grad_lse, q, kv, bias, table, *rest):
+    return tuple(part.new_empty(part.shape) for part in (q, kv, bias, table))
 
 
 def _update_fake(x, *rest):
@@ -171,6 +203,8 @@ for _name, _implementation, _fake in (
     ("build_tree_backward", _build_tree_backward, _build_tree_backward_fake),
     ("attend", _attend, _attend_fake),
     ("attend_backward", _attend_backward, _attend_backward_fake),
+    ("look_ahead_attend", _look_ahead_attend, _look_ahead_attend_fake),
+    ("look_ahead_attend_backward", _look_ahead_attend_backward, _look_ahead_attend_backward_fake),
     ("update_", _update_, _update_fake),
     ("decode_", _decode_, _decode_fake),
     ("step", _step, _step_fake),
@@ -183,7 +217,7 @@ _OPS = torch.ops.lmn_kernels
 STEP_REFERENCE = {
     name: _outside_autocast(run) for name, run in (("update_", _update_), ("decode_", _decode_), ("step", _step))
 }
-_NO_WHERE = (None,) * 6
+_NO_WHERE, _NO_REACH = (None,) * 6, (None,) * 5
 
 
 def _save_tree(ctx, inputs, output):
@@ -210,6 +244,20 @@ def _attend_gradient(ctx, grad, _):
     token_qkv, node_qv, out, lse, spans = ctx.saved_tensors
     grads = _OPS.attend_backward(grad, token_qkv, node_qv, out, lse, ctx.heads, spans, *ctx.sizes)
     return (*grads, None, *_NO_WHERE)
+
+
+def _save_look_ahead(ctx, inputs, output):
+    *tensors, start, tokens, window, future_row, backend = inputs
+    ctx.save_for_backward(*tensors, start, *output)
+    ctx.reach = tokens, window, future_row, backend
+
+
+def _look_ahead_gradient(ctx, grad, grad_lse):
+    q, kv, bias, table, output, lse, start, out, total = ctx.saved_tensors
+    grads = _OPS.look_ahead_attend_backward(
+        grad, grad_lse, q, kv, bias, table, out, total, output, lse, start, *ctx.reach
+    )
+    return (*grads, None, None, *_NO_REACH)
 
 
 def _second_derivative(
@@ -297,10 +345,38 @@ def _attend_second_gradient(ctx, *grad_grads):
     return (*found, None, None, None, *_NO_WHERE)
 
 
+def _save_look_ahead_backward(ctx, inputs, output):
+    grad, grad_lse, q, kv, bias, table, _, _, output, lse, start, *reach = inputs
+    ctx.save_for_backward(grad, grad_lse, q, kv, bias, table, output, lse, start)
+    ctx.reach = reach
+
+
+def _look_ahead_second_gradient(ctx, *grad_grads):
+    grad, grad_lse, q, kv, bias, table, output, lse, start = ctx.saved_tensors
+
+    def joined(out: Tensor, total: Tensor) -> Tensor:
+        return torch.cat([out.flatten().to(total.dtype), total.flatten()])
+
+    def forward(given):
+        q, kv, bias, table = given
+        return joined(*ref_look_ahead.attend(q, kv, bias, table, output, lse, start, *ctx.reach[:-1]))
+
+    given, seed = [q, kv, bias, table], joined(grad, grad_lse)
+    to_seed, *found = _second_derivative("look_ahead_attend", ctx.reach[-1], forward, given, seed, list(grad_grads))
+    to_grad: list[Tensor | None] = [None, None]
+    if to_seed is not None:
+        out, total = to_seed.split([grad.numel(), grad_lse.numel()])
+        to_grad = [out.to(grad.dtype).view(grad.shape), total.view(grad_lse.shape)]
+    # The results of the forward are functions of the other inputs, and were treated as such.
+    return (*to_grad, *found, None, None, None, None, *_NO_REACH)
+
+
 for _name, _formula, _save in (
     ("build_tree", _tree_gradient, _save_tree),
     ("attend", _attend_gradient, _save_attend),
+    ("look_ahead_attend", _look_ahead_gradient, _save_look_ahead),
     ("build_tree_backward", _tree_second_gradient, _save_tree_backward),
     ("attend_backward", _attend_second_gradient, _save_attend_backward),
+    ("look_ahead_attend_backward", _look_ahead_second_gradient, _save_look_ahead_backward),
 ):
     torch.library.register_autograd(f"lmn_kernels::{_name}", _formula, setup_context=_save, lib=_LIBRARY)

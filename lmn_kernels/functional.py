@@ -1,4 +1,4 @@
-"""The public operations: tree construction and single-vector attention over flat rows of tokens."""
+"""The public operations: tree construction, single-vector attention, look-ahead attention."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from python_ref.layout import node_rows, state_rows
+from python_ref.precision import compute_dtype
 from python_ref.tree import LinearMerge
 
 from ._backend import resolve
-from ._checks import check_device, check_float, check_positive, check_shape
+from ._checks import check_device, check_float, check_ids, check_positive, check_shape
 from ._library import _OPS
 from .sequences import Sequences
 
@@ -124,6 +125,95 @@ def attend(
     where = _where(sequences, expand, served)
     out, lse = _OPS.attend(token_qkv, node_qv, heads, *where)
     return out, lse
+
+
+def look_ahead_attend(
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    *,
+    tokens: int,
+    output: Tensor | None = None,
+    lse: Tensor | None = None,
+    start: Tensor | None = None,
+    window: int | None = None,
+    future_row: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of a segment over its memory, and of the memory over the segment's beginning (LaMemo, sections 1 to 4).
+
+    Of K rows of keys the last T are the segment, those before are the memory. Row i of the segment sees keys 0 … i;
+    row i of the M = K - T of the memory, where q has them, sees the keys from max(i+1, M-W+1) to M, the segment's
+    first. A score is ``((q_i + u)·k_j + (q_i + v)·r_|i-j|) / √D``. Gradients flow through both results, and not into
+    ``output`` and ``lse``.
+
+    Args:
+        q: ``[B, T, H, D]``, or ``[B, K, H, D]`` with the memory's rows; a floating dtype, any strides.
+        kv: ``[B, K, 2, H, D]`` keys and values, K ≥ T.
+        bias: ``[4, H, D]``: u and v of the segment's rows, u and v of the memory's.
+        table: ``[R, H, D]``: row a is r of distance a, R ≥ K. The memory's rows read row ``future_row + a``,
+            ``R > future_row + M``.
+        tokens: T ≥ 1.
+        output: ``[B, M, H, D]`` in the dtype of q, and ``lse [B, M, H]`` in float32 (float64 for float64): result and
+            log-sum-exp of what the memory's rows saw before, to go on from; or neither.
+        start: ``[B]`` int32 or int64: the segment does not see keys before it, 0 … K-T; 0 where None.
+        window: W ≥ 1; T where None.
+        future_row: where the memory's table begins.
+        backend: ``"auto"``, ``"reference"``, or the name of a kernel implementation.
+
+    Returns:
+        ``out`` shaped and typed as q, and the log-sum-exp of its scores ``[B, rows, H]``, float32 (float64 for
+        float64), each merged with ``output`` and ``lse``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a number or the name of the backend is wrong, or ``output`` or ``lse`` requires
+            a gradient.
+        NotImplementedError: an input carries a forward-mode tangent.
+        BackendError: the named backend cannot serve the call.
+    """
+    check_float("q", q)
+    check_shape("q", q, (None, None, None, None), "[batch, rows, heads, head size]")
+    batch, rows, heads, size = q.shape
+    check_positive("tokens", tokens)
+    check_shape("kv", kv, (batch, None, 2, heads, size), "[batch, keys, 2, heads, head size]")
+    keys = kv.shape[1]
+    if tokens > keys:
+        raise ValueError(f"tokens: expected at most the {keys} keys of kv, got {tokens}")
+    if rows not in (tokens, keys):
+        raise ValueError(f"q: expected {tokens} rows of the tokens or all {keys} of the keys, got {rows}")
+    memory = rows - tokens
+    check_shape("bias", bias, (4, heads, size), "[kinds, heads, head size]")
+    check_shape("table", table, (None, heads, size), "[distances, heads, head size]")
+    check_positive("future_row", future_row, 0)
+    needed = max(keys, future_row + memory + 1)
+    if table.shape[0] < needed:
+        raise ValueError(f"table: expected at least {needed} rows, got {table.shape[0]}")
+    window = tokens if window is None else window
+    check_positive("window", window)
+    if (output is None) != (lse is None) or (output is not None and not memory):
+        raise ValueError("output, lse: expected both with memory rows in q, or neither")
+    if output is not None and lse is not None:
+        check_shape("output", output, (batch, memory, heads, size), "[batch, memory, heads, head size]")
+        check_shape("lse", lse, (batch, memory, heads), "[batch, memory, heads]")
+        check_float("lse", lse, compute_dtype(q.dtype))
+        check_device("lse", lse, q.device)
+        if output.requires_grad or lse.requires_grad:
+            raise ValueError("output, lse: expected constants (detach them), got tensors that require grad")
+    if start is not None:
+        check_ids("start", start, (batch,), 0, keys - tokens)
+        check_device("start", start, q.device)
+        start = start.long()
+    for name, value in (("kv", kv), ("bias", bias), ("table", table), ("output", output)):
+        if value is not None:
+            check_float(name, value, q.dtype)
+            check_device(name, value, q.device)
+            _refuse_tangent(name, value)
+    _refuse_tangent("q", q)
+    served = resolve(backend, "look_ahead_attend", q.device, q.dtype, size)
+    out, total = _OPS.look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, future_row, served)
+    return out, total
 
 
 def _refuse_tangent(name: str, tensor: Tensor) -> None:

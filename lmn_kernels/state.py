@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,9 +12,9 @@ from torch import Tensor
 from python_ref.layout import level_count, state_rows
 from python_ref.step import Slots, valid_rows
 
+from . import _state_files
 from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 
-LAYOUT_VERSION = 1
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
 _TENSORS = ("position", "token", "nodes", "q", "v")
 
@@ -236,29 +233,12 @@ def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> 
         OSError: the file cannot be written; an older file of that name is left as it was.
         ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
     """
-    from safetensors.torch import save
-
     for index, state in enumerate(states):
         if not isinstance(state, MemoryState):
             raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
     sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
-    tensors = {
-        f"{layer}.{name}": getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
-        for layer, state in enumerate(states)
-        for name in _TENSORS
-    }
-    data = save(tensors, {"lmn_kernels.layout": str(LAYOUT_VERSION), "lmn_kernels.states": json.dumps(sizes)})
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    tensors = {f"{layer}.{name}": getattr(state, name) for layer, state in enumerate(states) for name in _TENSORS}
+    _state_files.save(path, "states", tensors, sizes)
 
 
 def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> list[MemoryState]:
@@ -269,18 +249,11 @@ def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu"
         ValueError: it is no state file, or one of a layout version that this package does not know.
         ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
     """
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("lmn_kernels.layout")
-            if version != str(LAYOUT_VERSION):
-                raise ValueError(f"{path}: expected state layout {LAYOUT_VERSION}, got {version}")
-            sizes: Iterable[dict[str, int]] = json.loads(metadata["lmn_kernels.states"])
-            return [
-                MemoryState(*(file.get_tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
-                for layer, size in enumerate(sizes)
-            ]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a safetensors file of states, got {error}") from error
+    def build(sizes: list[dict[str, int]], tensor: Callable[[str], Tensor]) -> list[MemoryState]:
+        return [
+            MemoryState(*(tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
+            for layer, size in enumerate(sizes)
+        ]
+
+    return _state_files.load(path, "states", device, build)

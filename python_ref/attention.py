@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, TileTable
+from .precision import compute_dtype
 
 # Elements of a block's largest tensor. Smaller blocks lose more to the fixed cost of an operation than
 # they gain from the cache (measured on two Zen 4 cores, 2^17 to 2^22).
@@ -37,10 +38,6 @@ def _block_tiles(tiles: TileTable, bank: int, heads: int, head_size: int) -> int
     keys = bank * tiles.key_row.shape[1]
     largest = heads * max(tiles.width * keys, (keys + tiles.width) * head_size)
     return max(1, BLOCK_ELEMENTS // largest)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class _Block:
@@ -86,7 +83,7 @@ class _Block:
 
 
 def _widen(rows: Tensor) -> Tensor:
-    return rows.to(_compute_dtype(rows.dtype))
+    return rows.to(compute_dtype(rows.dtype))
 
 
 def _blocks(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout):
@@ -115,7 +112,7 @@ def attend(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tu
     head_size = size // heads
     token_table, node_table = token_qkv.reshape(-1, head_size), node_qv.reshape(-1, head_size)
     out = token_qkv.new_zeros((tokens + 1) * heads, head_size)
-    lse = torch.zeros((tokens + 1) * heads, dtype=_compute_dtype(token_qkv.dtype), device=token_qkv.device)
+    lse = torch.zeros((tokens + 1) * heads, dtype=compute_dtype(token_qkv.dtype), device=token_qkv.device)
     for block in _blocks(token_qkv, node_qv, heads, layout):
         q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
         k = k * head_size**-0.5
@@ -144,7 +141,7 @@ def attend_backward(
     grad_table, out_table = grad_out.reshape(-1, head_size), out.reshape(-1, head_size)
     grads = token_qkv.new_zeros(3, (tokens + 1) * heads, head_size)
     # A node's gradient is summed over the tiles that read it, in float32 at least.
-    grad_nodes = torch.zeros(node_table.shape, dtype=_compute_dtype(node_qv.dtype), device=node_qv.device)
+    grad_nodes = torch.zeros(node_table.shape, dtype=compute_dtype(node_qv.dtype), device=node_qv.device)
     scale = head_size**-0.5
     for block in _blocks(token_qkv, node_qv, heads, layout):
         # A place without a token must send nothing to the nodes, whatever its row holds.

@@ -1,4 +1,4 @@
-"""Keeping autocast out of code that has chosen its dtypes."""
+"""Keeping autocast out of code that has chosen its dtypes, and the choice itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scores, softmax and sums over operands in ``dtype``: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,245 @@
+"""Look-ahead attention (LaMemo, specification sections 1 to 4 and 8) in blocks of queries.
+
+The keys of a segment are K rows, the memory first, oldest first, then the T tokens. A *token row* attends to itself
+and all that is before it. A *memory row*, where there are any, attends to what came after it: to the last W keys that
+end with the first token of the segment, so far as they are behind it in the row order. Its softmax goes on from that
+of earlier segments, of which output and log-sum-exp are given: an online softmax that does not begin at nothing.
+
+    token row i, key j ≤ i:                   s_ij = ((q_i + u)·k_j + (q_i + v)·r_{i-j}) / √D
+    memory row i, key max(i, M-W) < j ≤ M:    s_ij = ((q_i + u')·k_j + (q_i + v')·r'_{j-i}) / √D
+
+A block of queries makes the scores of the keys in its reach by two products; that with the table of distances is a
+band, of which a strided view is the part that belongs to each pair, so nothing is shifted or gathered. Backward makes
+the scores again. The largest tensor is a block's, and the work is linear in the memory's length for a given W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import compute_dtype
+
+# Elements of a block's largest tensor, as in python_ref.attention, and the rows of a block.
+BLOCK_ELEMENTS = 1 << 21
+LEAST_ROWS, MOST_ROWS = 16, 128
+
+
+class _Block(NamedTuple):
+    """Queries ``i0 … i1-1`` and the keys ``j0 … j1-1`` in their reach, by key row.
+
+    ``low … high`` are the distances between them that mean something.
+    """
+
+    looks_ahead: bool
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+    low: int
+    high: int
+
+
+def _blocks(q: Tensor, kv: Tensor, tokens: int, window: int) -> Iterator[_Block]:
+    batch, keys, _, heads, _ = kv.shape
+    memory, first = q.shape[1] - tokens, keys - tokens
+    step = BLOCK_ELEMENTS // max(1, batch * heads * keys)
+    step = max(LEAST_ROWS, min(MOST_ROWS, step))
+    for i0 in range(0, memory, step):
+        i1 = min(i0 + step, memory)
+        j0 = max(i0 + 1, first - window + 1)
+        yield _Block(True, i0, i1, j0, first + 1, max(1, j0 - i1 + 1), first - i0)
+    for i0 in range(first, keys, step):
+        i1 = min(i0 + step, keys)
+        yield _Block(False, i0, i1, 0, i1, 0, i1 - 1)
+
+
+class _Operands:
+    """q, k, v and the table by head, in the dtype of the computation."""
+
+    def __init__(self, q: Tensor, kv: Tensor, bias: Tensor, table: Tensor, start: Tensor | None, future_row: int):
+        self.dtype = compute_dtype(q.dtype)
+        self.first_row = kv.shape[1] - q.shape[1]
+        self.batch, self.heads, self.scale = q.shape[0], q.shape[2], q.shape[3] ** -0.5
+        self.q, self.bias = self.by_head(q), bias.to(self.dtype)[:, :, None, None]
+        self.k, self.v = (self.by_head(part).flatten(0, 1).contiguous() for part in kv.unbind(2))
+        self.future = table[future_row:].transpose(0, 1).to(self.dtype)
+        # Distances fall as keys rise.
+        self.past = table[: kv.shape[1]].flip(0).transpose(0, 1).to(self.dtype)
+        self.start = start
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """``[B, …, H, D]`` → ``[H, B, …, D]``."""
+        return x.permute(2, 0, 1, 3).to(self.dtype)
+
+    def queries(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """``(q + u)/√D [H·B, b, D]`` for the keys, ``(q + v)/√D [H, B·b, D]`` for the distances."""
+        q, kind = self.q[:, :, block.i0 - self.first_row : block.i1 - self.first_row], 2 * block.looks_ahead
+        content, position = ((q + self.bias[kind + n]) * self.scale for n in range(2))
+        return content.flatten(0, 1), position.flatten(1, 2)
+
+    def distances(self, block: _Block) -> slice:
+        """Which columns of the table of the block's kind it reads."""
+        if block.looks_ahead:
+            return slice(block.low, block.high + 1)
+        return slice(self.past.shape[1] - 1 - block.high, self.past.shape[1] - block.low)
+
+    def table(self, block: _Block) -> Tensor:
+        return (self.future if block.looks_ahead else self.past)[:, self.distances(block)]
+
+    def scores(self, block: _Block, content: Tensor, position: Tensor) -> Tensor:
+        """``[H·B, b, n]``, -inf where a query does not see a key."""
+        band = torch.matmul(position, self.table(block).transpose(1, 2))
+        by_distance = _pairs(band.view(content.shape[0], content.shape[1], -1), block)
+        score = torch.baddbmm(by_distance, content, self.k[:, block.j0 : block.j1].transpose(1, 2))
+        i = torch.arange(block.i0, block.i1, device=score.device)[:, None]
+        if block.looks_ahead:
+            hidden = min(block.i1, block.j1) - block.j0
+            if hidden > 0:
+                j = torch.arange(block.j0, block.j0 + hidden, device=score.device)
+                score[:, :, :hidden].masked_fill_(j <= i, -torch.inf)
+        else:
+            j = torch.arange(block.i0, block.j1, device=score.device)
+            score[:, :, block.i0 :].masked_fill_(j > i, -torch.inf)
+            if self.start is not None:
+                j = torch.arange(block.j0, block.j1, device=score.device)
+                gone = (j < self.start[:, None])[None, :, None]
+                score.view(self.heads, self.batch, *score.shape[1:]).masked_fill_(gone, -torch.inf)
+        return score
+
+
+def _pairs(band: Tensor, block: _Block, columns: int | None = None) -> Tensor:
+    """Of a band ``[N, b, columns]`` by query and distance the view ``[N, b, n]`` by query and key.
+
+    One query on, each key is one distance nearer or farther, so a row is one column shorter than the band's. Where a
+    pair has no distance, the view shows another pair's; it is hidden in any case.
+    """
+    width = band.shape[2] if columns is None else columns
+    if block.looks_ahead:
+        offset = block.j0 - block.i0 - block.low
+    else:
+        offset = block.high - block.i0 + block.j0
+    if columns is not None and block.looks_ahead:
+        offset += columns - (block.high - block.low + 1)
+    shape = band.shape[0], band.shape[1], block.j1 - block.j0
+    strides = band.shape[1] * width, width - 1, 1
+    return band.as_strided(shape, strides, band.storage_offset() + offset)
+
+
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    output: Tensor | None,
+    lse: Tensor | None,
+    start: Tensor | None,
+    tokens: int,
+    window: int,
+    future_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the token rows and, where q has them, of the memory rows.
+
+    Args:
+        q: ``[B, T, H, D]`` of the tokens, or ``[B, K, H, D]`` of memory and tokens.
+        kv: ``[B, K, 2, H, D]`` keys and values.
+        bias: ``[4, H, D]`` u, v, u', v'.
+        table: ``[R, H, D]``: row a is r_a, row ``future_row + a`` is r'_a.
+        output: ``[B, M, H, D]``, ``lse [B, M, H]``: what the memory rows' softmax begins with; None for nothing.
+        start: ``[B]`` int64, keys before it do not exist for the tokens of a sequence; None for 0.
+        tokens: T.
+        window: W.
+        future_row: see ``table``.
+
+    Returns:
+        ``out`` shaped and typed as q, and ``lse [B, rows, H]`` in float32 (float64 for float64).
+    """
+    operands = _Operands(q, kv, bias, table, start, future_row)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    total = q.new_empty(q.shape[:3], dtype=operands.dtype)
+    for block in _blocks(q, kv, tokens, window):
+        rows = slice(block.i0 - operands.first_row, block.i1 - operands.first_row)
+        score = operands.scores(block, *operands.queries(block))
+        top = score.detach().amax(-1, keepdim=True)
+        seed = None
+        if block.looks_ahead and output is not None and lse is not None:
+            seed = lse[:, rows].permute(2, 0, 1).flatten(0, 1)[..., None]
+            top = torch.maximum(top, seed)
+        weight = (score - top).exp_()
+        size = weight.sum(-1, keepdim=True)
+        mixed = torch.bmm(weight, operands.v[:, block.j0 : block.j1])
+        if seed is not None and output is not None:
+            share = (seed - top).exp()
+            size = size + share
+            mixed = mixed + share * operands.by_head(output[:, rows]).flatten(0, 1)
+        out[:, rows] = _by_batch(mixed / size, operands).to(out.dtype)
+        total[:, rows] = _by_batch(top + size.log(), operands)[..., 0]
+    return out, total
+
+
+def _by_batch(x: Tensor, operands: _Operands) -> Tensor:
+    """``[H·B, b, D]`` → ``[B, b, H, D]``."""
+    return x.unflatten(0, (operands.heads, operands.batch)).permute(1, 2, 0, 3)
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    tokens: int,
+    window: int,
+    future_row: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attend` with respect to q, kv, bias and table.
+
+    Of a softmax that began with something these are those of an ordinary one, given the merged ``out`` and ``lse``
+    (section 3): the weights say how little the new keys count.
+    """
+    o = _Operands(q, kv, bias, table, start, future_row)
+    grad_q, grad_bias = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(o.bias)
+    grad_k, grad_v = torch.zeros_like(o.k), torch.zeros_like(o.v)
+    grad_past, grad_future = (torch.zeros(x.shape, dtype=o.dtype, device=x.device) for x in (o.past, o.future))
+    mean = (grad_out.to(o.dtype) * out.to(o.dtype)).sum(-1) - grad_lse.to(o.dtype)
+    for block in _blocks(q, kv, tokens, window):
+        rows, keys = slice(block.i0 - o.first_row, block.i1 - o.first_row), slice(block.j0, block.j1)
+        content, position = o.queries(block)
+        grad = o.by_head(grad_out[:, rows]).flatten(0, 1)
+        by_row = [x[:, rows].permute(2, 0, 1).flatten(0, 1)[..., None] for x in (lse, mean)]
+        weight = o.scores(block, content, position).sub_(by_row[0]).exp_()
+        grad_v[:, keys].baddbmm_(weight.transpose(1, 2), grad)
+        grad_score = torch.bmm(grad, o.v[:, keys].transpose(1, 2)).sub_(by_row[1]).mul_(weight)
+        grad_k[:, keys].baddbmm_(grad_score.transpose(1, 2), content)
+        to_content = torch.bmm(grad_score, o.k[:, keys]) * o.scale
+        band = _band(grad_score, block).view(o.heads, position.shape[1], -1)
+        grad_table = (grad_future if block.looks_ahead else grad_past)[:, o.distances(block)]
+        grad_table.baddbmm_(band.transpose(1, 2), position)
+        to_position = torch.bmm(band, o.table(block)).mul_(o.scale)
+        kind = 2 * block.looks_ahead
+        grad_bias[kind] += to_content.unflatten(0, (o.heads, o.batch)).sum((1, 2))[:, None, None]
+        grad_bias[kind + 1] += to_position.sum(1)[:, None, None]
+        grad_q[:, rows] = _by_batch(to_content.add_(to_position.view(to_content.shape)), o).to(q.dtype)
+    grad_kv = torch.stack([_by_batch(x, o) for x in (grad_k, grad_v)], 2).to(kv.dtype)
+    grad_table = torch.zeros(table.shape, dtype=o.dtype, device=table.device)
+    grad_table[: kv.shape[1]] = grad_past.transpose(0, 1).flip(0)
+    grad_table[future_row:] += grad_future.transpose(0, 1)
+    return grad_q, grad_kv, grad_bias[:, :, 0, 0].to(bias.dtype), grad_table.to(table.dtype)
+
+
+def _band(grad_score: Tensor, block: _Block) -> Tensor:
+    """A gradient by query and key, laid out by query and distance: what `_pairs` is a view of, with zeros between."""
+    count, rows, keys = grad_score.shape
+    # So wide that no two pairs share a place.
+    width = keys + rows - 1
+    band = grad_score.new_zeros(count, rows, width)
+    _pairs(band, block, width).copy_(grad_score)
+    distances = block.high - block.low + 1
+    return band[:, :, width - distances :] if block.looks_ahead else band[:, :, :distances]
