@@ -10,7 +10,7 @@ CUDA_HOME ?= /usr/local/cuda
 BIN := .venv/bin
 READY := .venv/.ready
 # Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
-INTERPRETED := tests/test_triton_attention.py tests/test_triton_tree.py
+INTERPRETED := tests/test_triton_attention.py tests/test_triton_look_ahead.py tests/test_triton_tree.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.checkpoint import write_file
-from lmn_kernels._triton import attention, tree
+from lmn_kernels._triton import attention, look_ahead, tree
 from lmn_kernels._triton.common import CompileCase
 
 # Shared memory that one program may use (CUDA programming guide, compute capabilities).
@@ -36,7 +36,7 @@ NO_SPILLS = (80, 90)
 
 def cases(arch: int) -> list[CompileCase]:
     """What a GPU of compute capability ``arch`` may be given."""
-    return [*attention.compile_cases(arch), *tree.compile_cases(arch)]
+    return [*attention.compile_cases(arch), *look_ahead.compile_cases(arch), *tree.compile_cases(arch)]
 
 
 def _tool(name: str) -> str:

@@ -159,7 +159,7 @@ def look_ahead_attend(
             log-sum-exp of what the memory's rows saw before, to go on from; or neither.
         start: ``[B]`` int32 or int64: the segment does not see keys before it, 0 … K-T; 0 where None.
         window: W ≥ 1; T where None.
-        future_row: where the memory's table begins.
+        future_row: where the memory's table begins: 0, or behind the other one's K rows.
         backend: ``"auto"``, ``"reference"``, or the name of a kernel implementation.
 
     Returns:
@@ -187,6 +187,8 @@ def look_ahead_attend(
     check_shape("bias", bias, (4, heads, size), "[kinds, heads, head size]")
     check_shape("table", table, (None, heads, size), "[distances, heads, head size]")
     check_positive("future_row", future_row, 0)
+    if 0 < future_row < keys:
+        raise ValueError(f"future_row: expected 0, or {keys} or more to begin behind the other table, got {future_row}")
     needed = max(keys, future_row + memory + 1)
     if table.shape[0] < needed:
         raise ValueError(f"table: expected at least {needed} rows, got {table.shape[0]}")

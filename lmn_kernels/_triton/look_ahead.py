@@ -1,0 +1,222 @@
+"""Look-ahead attention on the tensor cores: memory rows and segment rows in one launch.
+
+A program has BT rows of one head and of one kind, and goes over the keys in its reach as any attention with an online
+softmax does; the memory's rows begin with what earlier segments left. The term of the distances is computed in the
+tile (`look_ahead_kernels` says how), so nothing of the size of the scores is ever in memory. The rows of the result
+are those of the new cache.
+
+Backward computes the scores again, in three launches: by rows for q and the biases, by keys for k and v, by distances
+for the table. Each sums in a fixed order, and no sum is atomic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .common import (
+    CompileCase,
+    dot_precision,
+    next_power_of_2,
+    on_device,
+    pointer,
+    product_dtype,
+    product_dtype_on,
+    triton_dtype,
+)
+from .look_ahead_kernels import (
+    SIZES,
+    look_ahead_bwd_kernel_dkv,
+    look_ahead_bwd_kernel_dq,
+    look_ahead_bwd_kernel_dtable,
+    look_ahead_fwd_kernel,
+)
+
+
+class Config(NamedTuple):
+    """BT rows and keys a tile."""
+
+    BT: int
+    num_warps: int
+    num_stages: int
+
+
+# By head size rounded up to a power of two, chosen so that nothing spills on sm_80 and sm_90
+# (`bench.compile_kernels`); not yet tuned on a GPU.
+FORWARD = {
+    16: Config(32, 4, 2),
+    32: Config(32, 4, 2),
+    64: Config(32, 4, 2),
+    128: Config(32, 4, 2),
+}
+BACKWARD = {
+    16: Config(32, 4, 2),
+    32: Config(32, 4, 2),
+    64: Config(32, 4, 2),
+    128: Config(32, 8, 2),
+}
+FORWARD_FLOAT32 = {
+    16: Config(16, 4, 1),
+    32: Config(16, 4, 1),
+    64: Config(16, 4, 1),
+    128: Config(16, 4, 1),
+}
+BACKWARD_FLOAT32 = {
+    16: Config(16, 4, 1),
+    32: Config(16, 4, 1),
+    64: Config(16, 4, 1),
+    128: Config(16, 8, 1),
+}
+# Programs over distances that are wanted at least; where there are fewer, the streams are split among more.
+TABLE_PROGRAMS = 256
+
+
+def default_config(kind: str, head_size: int, dtype: torch.dtype) -> Config:
+    """The configuration that a call gets whose products are in ``dtype``.
+
+    Raises:
+        ValueError: no configuration serves heads this wide.
+    """
+    half, single = {"forward": (FORWARD, FORWARD_FLOAT32), "backward": (BACKWARD, BACKWARD_FLOAT32)}[kind]
+    configs = single if dtype == torch.float32 else half
+    width = max(16, next_power_of_2(head_size))
+    if width not in configs:
+        raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
+    return configs[width]
+
+
+def _constants(config: Config, head_size: int, dtype: torch.dtype, start: Tensor | None) -> dict[str, Any]:
+    return {
+        "D": head_size,
+        "BT": config.BT,
+        "BD": max(16, next_power_of_2(head_size)),
+        "DOT": triton_dtype(dtype),
+        "PRECISION": dot_precision(),
+        "HAS_START": start is not None,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _sizes(q: Tensor, kv: Tensor, table: Tensor, tokens: int, window: int, future_row: int) -> tuple[int, ...]:
+    """The integers of the kernels, as `look_ahead_kernels.SIZES` names them."""
+    rows, keys = q.shape[1], kv.shape[1]
+    low = max(1, rows - tokens - window + 1)
+    return q.shape[0], keys, rows, tokens, low, table.shape[0], future_row
+
+
+def _row_blocks(rows: int, tokens: int, width: int) -> int:
+    return triton.cdiv(rows - tokens, width) + triton.cdiv(tokens, width)
+
+
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    output: Tensor | None,
+    lse: Tensor | None,
+    start: Tensor | None,
+    tokens: int,
+    window: int,
+    future_row: int,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`python_ref.look_ahead.attend` in one launch; heads of up to 128 features."""
+    batch, rows, heads, head_size = q.shape
+    products = product_dtype(q)
+    config = config or default_config("forward", head_size, products)
+    q, kv, bias, table = (tensor.contiguous() for tensor in (q, kv, bias, table))
+    out = torch.empty_like(q)
+    total = torch.empty(batch, rows, heads, dtype=torch.float32, device=q.device)
+    blocks = _row_blocks(rows, tokens, config.BT)
+    seeded = output is not None and lse is not None
+    seeds = (output.contiguous(), lse.contiguous()) if output is not None and lse is not None else (q, total)
+    if batch:
+        with on_device(q):
+            look_ahead_fwd_kernel[(blocks * batch * heads,)](
+                q, kv, bias, table, *seeds, q if start is None else start, out, total,
+                *_sizes(q, kv, table, tokens, window, future_row), heads,
+                **_constants(config, head_size, products, start), IS_SEEDED=seeded,
+            )  # fmt: skip
+    return out, total
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    tokens: int,
+    window: int,
+    future_row: int,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`python_ref.look_ahead.attend_backward` in three launches, bitwise reproducible."""
+    batch, rows, heads, head_size = q.shape
+    keys, products = kv.shape[1], product_dtype(q)
+    config = config or default_config("backward", head_size, products)
+    q, kv, bias, table, out, lse = (tensor.contiguous() for tensor in (q, kv, bias, table, out, lse))
+    grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
+    d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+    if not batch:
+        return d_q, d_kv, torch.zeros_like(bias), torch.zeros_like(table)
+    blocks = _row_blocks(rows, tokens, config.BT)
+    ahead_blocks = triton.cdiv(rows - tokens, config.BT)
+    mean = torch.empty_like(lse)
+    d_bias = torch.empty(blocks, batch, 2, heads, head_size, dtype=torch.float32, device=q.device)
+    # Blocks of distances: behind, and, where they have rows of their own, ahead.
+    distances = triton.cdiv(keys, config.BT)
+    if future_row:
+        distances += triton.cdiv(rows - tokens + 1, config.BT)
+    splits = min(batch, triton.cdiv(TABLE_PROGRAMS, distances * heads))
+    # Rows of no distance stay zero.
+    d_table = torch.zeros(splits, *table.shape, dtype=torch.float32, device=q.device)
+    sizes = _sizes(q, kv, table, tokens, window, future_row)
+    constants = _constants(config, head_size, products, start)
+    first = q if start is None else start
+    with on_device(q):
+        look_ahead_bwd_kernel_dq[(blocks * batch * heads,)](
+            q, kv, bias, table, first, out, lse, grad_out, grad_lse, mean, d_q, d_bias, *sizes, heads, **constants
+        )
+        look_ahead_bwd_kernel_dkv[(triton.cdiv(keys, config.BT) * batch * heads,)](
+            q, kv, bias, table, first, lse, grad_out, mean, d_kv, *sizes, heads, **constants
+        )
+        look_ahead_bwd_kernel_dtable[(distances * heads * splits,)](
+            q, kv, bias, table, first, lse, grad_out, mean, d_table, *sizes, splits, heads, **constants
+        )
+    by_kind = torch.stack([d_bias[ahead_blocks:].sum((0, 1)), d_bias[:ahead_blocks].sum((0, 1))])
+    return d_q, d_kv, by_kind.flatten(0, 1).to(bias.dtype), d_table.sum(0).to(table.dtype)
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every kernel, configuration and dtype of this file, as a GPU of compute capability ``arch`` gets them."""
+    wide = pointer(torch.float32)
+    sizes = dict.fromkeys([*SIZES, "splits", "H"], "i32")
+    sums = dict.fromkeys(("seed", "lse", "d_lse", "mean", "d_bias", "d_table"), wide)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        names = ("q", "kv", "bias", "table", "output", "out", "d_out", "dq", "dkv")
+        signature = dict.fromkeys(names, pointer(dtype)) | sums | sizes | {"start": "*i64"}
+        products = product_dtype_on(arch, dtype)
+        for head_size in FORWARD:
+            for name, kernel, kind in (
+                ("look_ahead_fwd", look_ahead_fwd_kernel, "forward"),
+                ("look_ahead_bwd_dq", look_ahead_bwd_kernel_dq, "backward"),
+                ("look_ahead_bwd_dkv", look_ahead_bwd_kernel_dkv, "backward"),
+                ("look_ahead_bwd_dtable", look_ahead_bwd_kernel_dtable, "backward"),
+            ):
+                config = default_config(kind, head_size, products)
+                constants = _constants(config, head_size, products, None)
+                if kind == "forward":
+                    constants["IS_SEEDED"] = True
+                options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, options, dtype, True)
