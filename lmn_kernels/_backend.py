@@ -21,6 +21,9 @@ UNPROVEN = {
     ("cpp", "cuda"): "the CUDA half of the extension has not run on a GPU yet; the backend 'cpp' takes it all the same",
 }
 
+# Features of a head that the Triton kernels take at most: in 16 bits, and where products are of float32.
+_WIDEST = {"build_tree": (256, 128), "attend": (256, 128), "look_ahead_attend": (128, 64)}
+
 _warned: set[tuple[str, str, str]] = set()
 _chosen: dict[tuple[Any, ...], tuple[str, None]] = {}
 
@@ -29,7 +32,7 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-def _triton_obstacle(index: int | None, dtype: torch.dtype, head_size: int) -> str | None:
+def _triton_obstacle(operation: str, index: int | None, dtype: torch.dtype, head_size: int) -> str | None:
     """Why the Triton kernels cannot run on a CUDA device; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install lmn-kernels[triton])"
@@ -41,7 +44,7 @@ def _triton_obstacle(index: int | None, dtype: torch.dtype, head_size: int) -> s
     if capability < (7, 5):
         return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
     # Below sm_80 every product is one of float32.
-    widest = 128 if dtype == torch.float32 or capability < (8, 0) else 256
+    widest = _WIDEST[operation][dtype == torch.float32 or capability < (8, 0)]
     if head_size > widest:
         return f"the Triton kernels take heads of up to {widest} features in {dtype} on this device, not {head_size}"
     return None
@@ -60,7 +63,7 @@ def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dty
             return f"the Triton kernels need a CUDA device, not {device.type}"
         if dtype == torch.float64:
             return "the Triton kernels do not compute in float64"
-        return _triton_obstacle(device.index, dtype, head_size)
+        return _triton_obstacle(operation, device.index, dtype, head_size)
     if backend == "cpp" and operation == "step":
         if device.type not in ("cpu", "cuda"):
             return f"the extension serves CPU and CUDA devices, not {device.type}"

@@ -24,20 +24,21 @@ pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
 # Batch, T, M, W, heads, head size, whether the memory looks ahead, goes on, has a table of its own, and starts late.
 CASES = {
-    "first segment": (2, 40, 0, 40, 2, 8, True, False, False, False),
+    "first segment": (1, 40, 0, 40, 2, 8, True, False, False, False),
     "one token": (2, 1, 7, 1, 2, 8, True, True, False, False),
     "one token, first": (1, 1, 0, 1, 1, 8, True, False, False, False),
-    "equal": (2, 32, 32, 32, 2, 8, True, True, False, False),
+    "equal": (1, 32, 32, 32, 2, 8, True, True, False, False),
     "edges": (1, 33, 65, 33, 1, 6, True, True, False, False),
-    "long memory": (1, 17, 150, 17, 2, 8, True, True, False, False),
-    "short memory": (2, 70, 9, 70, 1, 12, True, True, False, False),
-    "another window": (1, 20, 90, 45, 1, 8, True, True, False, False),
+    "long memory": (1, 17, 100, 17, 1, 8, True, True, False, False),
+    "short memory": (1, 70, 9, 70, 1, 12, True, True, False, False),
+    "another window": (1, 20, 60, 33, 1, 8, True, True, False, False),
     "no seed": (1, 30, 40, 30, 1, 8, True, False, False, False),
-    "own table": (1, 30, 70, 30, 2, 8, True, True, True, False),
-    "late starts": (3, 20, 50, 20, 1, 8, True, True, False, True),
-    "looks back alone": (2, 35, 60, 35, 2, 8, False, False, False, False),
-    "looks back, late starts": (2, 35, 60, 35, 1, 8, False, False, False, True),
+    "own table": (2, 20, 40, 20, 1, 8, True, True, True, False),
+    "late starts": (2, 20, 40, 20, 1, 8, True, True, False, True),
+    "looks back alone": (1, 35, 40, 35, 2, 8, False, False, False, False),
+    "looks back, late starts": (2, 20, 40, 20, 1, 8, False, False, False, True),
     "heads of 41": (1, 20, 30, 20, 2, 41, True, True, False, False),
+    "heads of 64": (1, 20, 30, 20, 1, 64, True, True, False, False),
     "heads of 128": (1, 20, 30, 20, 1, 128, True, True, False, False),
     "many streams": (5, 12, 12, 12, 1, 8, True, True, True, False),
 }
@@ -62,12 +63,13 @@ def wide(tensors):
     return tuple(None if tensor is None else tensor.double() for tensor in tensors)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Float32 takes no wider heads than 64.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "heads of 128"])
 def test_forward_and_backward_in_float32(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["equal", "edges", "own table", "late starts", "heads of 41"])
+@pytest.mark.parametrize("case", ["edges", "own table", "late starts", "heads of 41", "heads of 128"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_forward_and_backward_in_16_bits(case, dtype):
     check(case, dtype)
@@ -92,8 +94,8 @@ def test_every_configuration_gives_the_same():
     operands, seeds, reach, grads = inputs("own table", torch.float32)
     expected, lse = reference.attend(*operands, *seeds, *reach)
     want = reference.attend_backward(*grads, *operands, expected, lse, *reach)
-    tables = (kernels.FORWARD, kernels.BACKWARD, kernels.FORWARD_FLOAT32, kernels.BACKWARD_FLOAT32)
-    for config in {config for table in tables for config in table.values()}:
+    every = [kernels.FLOAT32, *kernels.CONFIGS.values()]
+    for config in sorted({config for table in every for config in table.values()}):
         out, _ = kernels.attend(*operands, *seeds, *reach, config)
         assert_close(f"out of {config}", out, expected, TOLERANCE[torch.float32][0])
         got = kernels.attend_backward(*grads, *operands, expected, lse, *reach, config)
@@ -140,3 +142,5 @@ def test_scores_of_ten_thousand_stay_finite():
 def test_too_wide_a_head_is_an_error():
     with pytest.raises(ValueError, match="heads: expected at most 128 features a head in torch.float16, got 160"):
         kernels.default_config("forward", 160, torch.float16)
+    with pytest.raises(ValueError, match="heads: expected at most 64 features a head in torch.float32, got 80"):
+        kernels.default_config("keys", 80, torch.float32)

@@ -46,43 +46,26 @@ class Config(NamedTuple):
 
 
 # By head size rounded up to a power of two, chosen so that nothing spills on sm_80 and sm_90
-# (`bench.compile_kernels`); not yet tuned on a GPU.
-FORWARD = {
-    16: Config(32, 4, 2),
-    32: Config(32, 4, 2),
-    64: Config(32, 4, 2),
-    128: Config(32, 4, 2),
+# (`bench.compile_kernels`); not yet tuned on a GPU. Float32 products hold their operands in registers: heads wider
+# than these go to the reference.
+CONFIGS = {
+    "forward": {16: Config(64, 8, 2), 32: Config(64, 8, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
+    "rows": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
+    "keys": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(32, 8, 2)},
+    "distances": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
 }
-BACKWARD = {
-    16: Config(32, 4, 2),
-    32: Config(32, 4, 2),
-    64: Config(32, 4, 2),
-    128: Config(32, 8, 2),
-}
-FORWARD_FLOAT32 = {
-    16: Config(16, 4, 1),
-    32: Config(16, 4, 1),
-    64: Config(16, 4, 1),
-    128: Config(16, 4, 1),
-}
-BACKWARD_FLOAT32 = {
-    16: Config(16, 4, 1),
-    32: Config(16, 4, 1),
-    64: Config(16, 4, 1),
-    128: Config(16, 8, 1),
-}
+FLOAT32 = {16: Config(16, 4, 1), 32: Config(16, 4, 1), 64: Config(16, 8, 1)}
 # Programs over distances that are wanted at least; where there are fewer, the streams are split among more.
 TABLE_PROGRAMS = 256
 
 
-def default_config(kind: str, head_size: int, dtype: torch.dtype) -> Config:
-    """The configuration that a call gets whose products are in ``dtype``.
+def default_config(kernel: str, head_size: int, dtype: torch.dtype) -> Config:
+    """The configuration that a kernel of `CONFIGS` gets whose products are in ``dtype``.
 
     Raises:
         ValueError: no configuration serves heads this wide.
     """
-    half, single = {"forward": (FORWARD, FORWARD_FLOAT32), "backward": (BACKWARD, BACKWARD_FLOAT32)}[kind]
-    configs = single if dtype == torch.float32 else half
+    configs = FLOAT32 if dtype == torch.float32 else CONFIGS[kernel]
     width = max(16, next_power_of_2(head_size))
     if width not in configs:
         raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
@@ -126,7 +109,7 @@ def attend(
     future_row: int,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`python_ref.look_ahead.attend` in one launch; heads of up to 128 features."""
+    """`python_ref.look_ahead.attend` in one launch; heads of up to 128 features, 64 in float32."""
     batch, rows, heads, head_size = q.shape
     products = product_dtype(q)
     config = config or default_config("forward", head_size, products)
@@ -164,35 +147,39 @@ def attend_backward(
     """`python_ref.look_ahead.attend_backward` in three launches, bitwise reproducible."""
     batch, rows, heads, head_size = q.shape
     keys, products = kv.shape[1], product_dtype(q)
-    config = config or default_config("backward", head_size, products)
+    rowwise, keywise, distancewise = (
+        config or default_config(kernel, head_size, products) for kernel in ("rows", "keys", "distances")
+    )
     q, kv, bias, table, out, lse = (tensor.contiguous() for tensor in (q, kv, bias, table, out, lse))
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
     d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
     if not batch:
         return d_q, d_kv, torch.zeros_like(bias), torch.zeros_like(table)
-    blocks = _row_blocks(rows, tokens, config.BT)
-    ahead_blocks = triton.cdiv(rows - tokens, config.BT)
+    blocks = _row_blocks(rows, tokens, rowwise.BT)
+    ahead_blocks = triton.cdiv(rows - tokens, rowwise.BT)
     mean = torch.empty_like(lse)
     d_bias = torch.empty(blocks, batch, 2, heads, head_size, dtype=torch.float32, device=q.device)
     # Blocks of distances: behind, and, where they have rows of their own, ahead.
-    distances = triton.cdiv(keys, config.BT)
+    distances = triton.cdiv(keys, distancewise.BT)
     if future_row:
-        distances += triton.cdiv(rows - tokens + 1, config.BT)
+        distances += triton.cdiv(rows - tokens + 1, distancewise.BT)
     splits = min(batch, triton.cdiv(TABLE_PROGRAMS, distances * heads))
     # Rows of no distance stay zero.
     d_table = torch.zeros(splits, *table.shape, dtype=torch.float32, device=q.device)
     sizes = _sizes(q, kv, table, tokens, window, future_row)
-    constants = _constants(config, head_size, products, start)
     first = q if start is None else start
+    by_row, by_key, by_distance = (
+        _constants(one, head_size, products, start) for one in (rowwise, keywise, distancewise)
+    )
     with on_device(q):
         look_ahead_bwd_kernel_dq[(blocks * batch * heads,)](
-            q, kv, bias, table, first, out, lse, grad_out, grad_lse, mean, d_q, d_bias, *sizes, heads, **constants
+            q, kv, bias, table, first, out, lse, grad_out, grad_lse, mean, d_q, d_bias, *sizes, heads, **by_row
         )
-        look_ahead_bwd_kernel_dkv[(triton.cdiv(keys, config.BT) * batch * heads,)](
-            q, kv, bias, table, first, lse, grad_out, mean, d_kv, *sizes, heads, **constants
+        look_ahead_bwd_kernel_dkv[(triton.cdiv(keys, keywise.BT) * batch * heads,)](
+            q, kv, bias, table, first, lse, grad_out, mean, d_kv, *sizes, heads, **by_key
         )
         look_ahead_bwd_kernel_dtable[(distances * heads * splits,)](
-            q, kv, bias, table, first, lse, grad_out, mean, d_table, *sizes, splits, heads, **constants
+            q, kv, bias, table, first, lse, grad_out, mean, d_table, *sizes, splits, heads, **by_distance
         )
     by_kind = torch.stack([d_bias[ahead_blocks:].sum((0, 1)), d_bias[:ahead_blocks].sum((0, 1))])
     return d_q, d_kv, by_kind.flatten(0, 1).to(bias.dtype), d_table.sum(0).to(table.dtype)
@@ -207,15 +194,14 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         names = ("q", "kv", "bias", "table", "output", "out", "d_out", "dq", "dkv")
         signature = dict.fromkeys(names, pointer(dtype)) | sums | sizes | {"start": "*i64"}
         products = product_dtype_on(arch, dtype)
-        for head_size in FORWARD:
+        for head_size in FLOAT32 if products == torch.float32 else CONFIGS["forward"]:
             for name, kernel, kind in (
                 ("look_ahead_fwd", look_ahead_fwd_kernel, "forward"),
-                ("look_ahead_bwd_dq", look_ahead_bwd_kernel_dq, "backward"),
-                ("look_ahead_bwd_dkv", look_ahead_bwd_kernel_dkv, "backward"),
-                ("look_ahead_bwd_dtable", look_ahead_bwd_kernel_dtable, "backward"),
+                ("look_ahead_bwd_dq", look_ahead_bwd_kernel_dq, "rows"),
+                ("look_ahead_bwd_dkv", look_ahead_bwd_kernel_dkv, "keys"),
+                ("look_ahead_bwd_dtable", look_ahead_bwd_kernel_dtable, "distances"),
             ):
-                config = default_config(kind, head_size, products)
-                constants = _constants(config, head_size, products, None)
+                constants = _constants(default_config(kind, head_size, products), head_size, products, None)
                 if kind == "forward":
                     constants["IS_SEEDED"] = True
                 options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}

@@ -27,17 +27,17 @@ def _block(i_p, K, Q, T, low, future_row, BT: tl.constexpr):
 
 
 @triton.jit
-def _load(base, o_i, m_i, H, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr):
-    """Rows ``o_i`` of one head of ``[…, PARTS, H, D]``."""
-    o_d = tl.arange(0, BD)
-    p = base + o_i.to(tl.int64)[:, None] * (PARTS * H * D) + o_d[None, :]
+def _load(base, i0, m_i, pitch, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Rows i0 … i0+BT-1 of one head, ``pitch`` elements apart: offsets inside a tile fit 32 bits."""
+    o_i, o_d = tl.arange(0, BT), tl.arange(0, BD)
+    p = base + tl.cast(i0, tl.int64) * pitch + (o_i[:, None] * pitch + o_d[None, :])
     return tl.load(p, mask=m_i[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _store(base, o_i, m_i, value, H, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr):
-    o_d = tl.arange(0, BD)
-    p = base + o_i.to(tl.int64)[:, None] * (PARTS * H * D) + o_d[None, :]
+def _store(base, i0, m_i, pitch, value, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    o_i, o_d = tl.arange(0, BT), tl.arange(0, BD)
+    p = base + tl.cast(i0, tl.int64) * pitch + (o_i[:, None] * pitch + o_d[None, :])
     tl.store(p, value.to(base.dtype.element_ty), mask=m_i[:, None] & (o_d < D)[None, :])
 
 
@@ -50,9 +50,11 @@ def _vector(base, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _distances(table, ahead, r0, t0, R, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Table rows of t0 … t0+BT-1, as the kind counts distances; zeros where there is none."""
-    o_t = t0 + tl.arange(0, BT)
-    o_r = r0 + tl.where(ahead, o_t, -o_t)
-    return _load(table, o_r, (o_r >= r0) & (o_r < R), H, D, BD, 1)
+    sign = tl.where(ahead, 1, -1)
+    first = r0 + sign * t0
+    o_r = first + sign * tl.arange(0, BT)
+    p = table + tl.cast(first, tl.int64) * (H * D)
+    return _load(p, 0, (o_r >= r0) & (o_r < R), sign * (H * D), D, BT, BD)
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def look_ahead_fwd_kernel(
     o_i = i0 + tl.arange(0, BT)
     m_i = o_i < end
     o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-    b_q = _load(q + base_q, o_q, m_i, H, D, BD, 1).to(tl.float32)
+    b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
     p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
     b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
     b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
@@ -129,14 +131,14 @@ def look_ahead_fwd_kernel(
         p_seed = seed + (i_b * (Q - T) + o_i) * H + i_h
         b_max = tl.load(p_seed, mask=m_s, other=float("-inf")) * 1.4426950408889634
         b_sum = tl.where(m_s, 1.0, 0.0)
-        b_out = _load(output + i_b * (Q - T) * H * D + i_h * D, o_i, m_s, H, D, BD, 1).to(tl.float32)
+        b_out = _load(output + i_b * (Q - T) * H * D + i_h * D, i0, m_s, H * D, D, BT, BD).to(tl.float32)
     p_kv, p_table = kv + i_b * K * 2 * H * D + i_h * D, table + i_h * D
     b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, R, H, D, BT, BD).to(DOT)
     b_low = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
     for j in range(j0, j1, BT):
         o_j = j + tl.arange(0, BT)
         m_j = o_j < j1
-        b_k = _load(p_kv, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_k = _load(p_kv, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_r = _distances(p_table, ahead, r0, j - i0 + 1, R, H, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
         b_score = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION) + _to_keys(b_low, b_high, BT)
@@ -147,11 +149,11 @@ def look_ahead_fwd_kernel(
         b_new = tl.where(m_i, b_new, 0.0)
         b_decay = tl.exp2(b_max - b_new)
         b_weight = tl.exp2(b_score - b_new[:, None])
-        b_v = _load(p_kv + H * D, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_v = _load(p_kv + H * D, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_out = b_out * b_decay[:, None] + tl.dot(b_weight.to(DOT), b_v, input_precision=PRECISION)
         b_max = b_new
-    _store(out + base_q, o_q, m_i, b_out / b_sum[:, None], H, D, BD, 1)
+    _store(out + base_q, i0 - (K - Q), m_i, H * D, b_out / b_sum[:, None], D, BT, BD)
     tl.store(lse + (i_b * Q + o_q) * H + i_h, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_i)
 
 
@@ -193,12 +195,12 @@ def look_ahead_bwd_kernel_dq(
     o_i = i0 + tl.arange(0, BT)
     m_i = o_i < end
     o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-    b_q = _load(q + base_q, o_q, m_i, H, D, BD, 1).to(tl.float32)
+    b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
     p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
     b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
     b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
-    b_do = _load(d_out + base_q, o_q, m_i, H, D, BD, 1)
-    b_mean = tl.sum(b_do.to(tl.float32) * _load(out + base_q, o_q, m_i, H, D, BD, 1).to(tl.float32), 1)
+    b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD)
+    b_mean = tl.sum(b_do.to(tl.float32) * _load(out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32), 1)
     o_row = (i_b * Q + o_q) * H + i_h
     b_mean -= tl.load(d_lse + o_row, mask=m_i, other=0.0)
     tl.store(mean + o_row, b_mean, mask=m_i)
@@ -214,14 +216,14 @@ def look_ahead_bwd_kernel_dq(
     for j in range(j0, j1, BT):
         o_j = j + tl.arange(0, BT)
         m_j = o_j < j1
-        b_k = _load(p_kv, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_k = _load(p_kv, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_next = _distances(p_table, ahead, r0, j - i0 + 1, R, H, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qv, tl.trans(b_next), input_precision=PRECISION)
         b_score = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION) + _to_keys(b_low, b_high, BT)
         b_low = b_high
         b_weight = tl.exp2(b_score * (scale * 1.4426950408889634) - b_lse[:, None])
         b_weight = tl.where(_sees(ahead, o_i, o_j, m_i, m_j), b_weight, 0.0)
-        b_v = _load(p_kv + H * D, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_v = _load(p_kv + H * D, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_dweight = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
         b_dqu += tl.dot(b_dscore.to(DOT), b_k, input_precision=PRECISION)
@@ -229,7 +231,7 @@ def look_ahead_bwd_kernel_dq(
         b_dqv += tl.dot((b_left + b_dlow).to(DOT), b_r, input_precision=PRECISION)
         b_left, b_r = b_dhigh, b_next
     b_dqv += tl.dot(b_left.to(DOT), b_r, input_precision=PRECISION)
-    _store(dq + base_q, o_q, m_i, b_dqu + b_dqv, H, D, BD, 1)
+    _store(dq + base_q, i0 - (K - Q), m_i, H * D, b_dqu + b_dqv, D, BT, BD)
     o_d = tl.arange(0, BD)
     p_dbias = d_bias + ((i_p * B + i_b) * 2 * H + i_h) * D + o_d
     tl.store(p_dbias, tl.sum(b_dqu, 0), mask=o_d < D)
@@ -272,8 +274,8 @@ def look_ahead_bwd_kernel_dkv(
     if HAS_START:
         m_past = m_j & (o_j >= tl.load(start + i_b))
     p_kv, p_table = kv + i_b * K * 2 * H * D + i_h * D, table + i_h * D
-    b_k = _load(p_kv, o_j, m_j, H, D, BD, 2).to(DOT)
-    b_v = _load(p_kv + H * D, o_j, m_j, H, D, BD, 2).to(DOT)
+    b_k = _load(p_kv, j0, m_j, 2 * H * D, D, BT, BD).to(DOT)
+    b_v = _load(p_kv + H * D, j0, m_j, 2 * H * D, D, BT, BD).to(DOT)
     b_dk, b_dv = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
     scale: tl.constexpr = D**-0.5
     # Blocks of the memory's rows that may see one of the keys, then those of the segment's.
@@ -287,7 +289,7 @@ def look_ahead_bwd_kernel_dkv(
         o_i = i0 + tl.arange(0, BT)
         m_i = o_i < end
         o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-        b_q = _load(q + base_q, o_q, m_i, H, D, BD, 1).to(tl.float32)
+        b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
         p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
         b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
         b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
@@ -301,15 +303,15 @@ def look_ahead_bwd_kernel_dkv(
         b_weight = tl.exp2(b_score * (scale * 1.4426950408889634) - b_lse[:, None])
         m_see = _sees(ahead, o_i, o_j, m_i, tl.where(ahead, m_ahead, m_past))
         b_weight = tl.where(m_see, b_weight, 0.0)
-        b_do = _load(d_out + base_q, o_q, m_i, H, D, BD, 1).to(DOT)
+        b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(DOT)
         b_dv += tl.dot(tl.trans(b_weight.to(DOT)), b_do, input_precision=PRECISION)
         b_mean = tl.load(mean + o_row, mask=m_i, other=0.0)
         b_dweight = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
         b_dk += tl.dot(tl.trans(b_dscore.to(DOT)), b_qu, input_precision=PRECISION)
     p_dkv = dkv + i_b * K * 2 * H * D + i_h * D
-    _store(p_dkv, o_j, m_j, b_dk, H, D, BD, 2)
-    _store(p_dkv + H * D, o_j, m_j, b_dv, H, D, BD, 2)
+    _store(p_dkv, j0, m_j, 2 * H * D, b_dk, D, BT, BD)
+    _store(p_dkv + H * D, j0, m_j, 2 * H * D, b_dv, D, BT, BD)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "splits"])
@@ -350,7 +352,7 @@ def look_ahead_bwd_kernel_dtable(
     o_x = tl.arange(0, BT)
     o_a = a0 + o_x
     m_a = o_a <= tl.where(own, memory, K - 1)
-    b_r = _load(table + i_h * D, r0 + o_a, m_a, H, D, BD, 1).to(DOT)
+    b_r = _load(table + i_h * D, r0 + a0, m_a, H * D, D, BT, BD).to(DOT)
     b_dr = tl.zeros([BT, BD], tl.float32)
     scale: tl.constexpr = D**-0.5
     # Rows that see a key at one of the distances: of the memory from low - a0 - BT + 1 to memory - a0.
@@ -367,7 +369,7 @@ def look_ahead_bwd_kernel_dtable(
         o_i = i0 + tl.arange(0, BT)
         m_i = o_i < end
         o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-        b_q = _load(q + base_q, o_q, m_i, H, D, BD, 1).to(tl.float32)
+        b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
         p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
         b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
         b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
@@ -378,16 +380,16 @@ def look_ahead_bwd_kernel_dtable(
         m_j, m_j2 = (o_j >= 0) & (o_j < K), (o_j2 >= 0) & (o_j2 < K)
         m_first = o_x[None, :] >= o_x[:, None]
         turn = tl.where(ahead, o_x[:, None] + o_x[None, :], o_x[:, None] - o_x[None, :] - 1) & (BT - 1)
-        b_do = _load(d_out + base_q, o_q, m_i, H, D, BD, 1).to(DOT)
-        b_k = _load(p_kv, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(DOT)
+        b_k = _load(p_kv, j0, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_low = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION)
-        b_k = _load(p_kv, o_j2, m_j2, H, D, BD, 2).to(DOT)
+        b_k = _load(p_kv, j0 + BT, m_j2, 2 * H * D, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION)
         b_score = tl.gather(tl.where(m_first, b_low, b_high), turn, 1)
         b_score += tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
-        b_v = _load(p_kv + H * D, o_j, m_j, H, D, BD, 2).to(DOT)
+        b_v = _load(p_kv + H * D, j0, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_low = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_v = _load(p_kv + H * D, o_j2, m_j2, H, D, BD, 2).to(DOT)
+        b_v = _load(p_kv + H * D, j0 + BT, m_j2, 2 * H * D, D, BT, BD).to(DOT)
         b_high = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_dweight = tl.gather(tl.where(m_first, b_low, b_high), turn, 1)
         o_row = (i_b * Q + o_q) * H + i_h
@@ -402,4 +404,4 @@ def look_ahead_bwd_kernel_dtable(
         b_weight = tl.where(m_see & m_i[:, None] & m_a[None, :], b_weight, 0.0)
         b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
         b_dr += tl.dot(tl.trans(b_dscore.to(DOT)), b_qv, input_precision=PRECISION)
-    _store(d_table + i_s * R * H * D + i_h * D, r0 + o_a, m_a, b_dr, H, D, BD, 1)
+    _store(d_table + i_s * R * H * D + i_h * D, r0 + a0, m_a, H * D, b_dr, D, BT, BD)
