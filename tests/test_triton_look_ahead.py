@@ -69,10 +69,15 @@ def test_forward_and_backward_in_float32(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["edges", "own table", "late starts", "heads of 41", "heads of 128"])
+@pytest.mark.parametrize("case", ["edges", "own table", "late starts", "heads of 41"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_forward_and_backward_in_16_bits(case, dtype):
     check(case, dtype)
+
+
+def test_the_widest_heads():
+    # In bfloat16 the interpreter multiplies in float32.
+    check("heads of 128", torch.float16)
 
 
 def check(case, dtype):
