@@ -23,7 +23,15 @@ from typing import Any
 
 import torch
 
-from . import gpu_configs, gpu_correctness, gpu_decode, gpu_decode_timings, gpu_programs, gpu_timings
+from . import (
+    gpu_configs,
+    gpu_correctness,
+    gpu_decode,
+    gpu_decode_timings,
+    gpu_look_ahead,
+    gpu_programs,
+    gpu_timings,
+)
 from .checkpoint import write_file
 from .errors import RunError
 from .gpu_stage import Outcome, Settings, Stage, run_stage
@@ -39,6 +47,7 @@ ALL = [
     Stage("poison", "results do not depend on uninitialised memory", "check", 50, gpu_correctness.poison, 4),
     Stage("determinism", "20 equal runs", "check", 50, gpu_correctness.determinism),
     Stage("layers", "layers in every form against float64; side streams", "check", 90, gpu_correctness.layers, 8),
+    Stage("look_ahead", "LaMemo's kernels and models, each run again", "check", 80, gpu_look_ahead.look_ahead, 8),
     Stage("large", "past 2^31 elements and 65,535 sequences", "check", 50, gpu_correctness.large),
     Stage("decode", "the extension's step against float64 and itself", "check", 60, gpu_decode.decode, 4),
     Stage("replay", "a step as a CUDA graph, replayed 1,000 times", "check", 40, gpu_decode.replay),

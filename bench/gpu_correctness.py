@@ -298,9 +298,11 @@ def small_runs(device: str) -> None:
     """What runs under compute-sanitizer: every kernel, forward and backward, and steps, on small shapes."""
     # Imported here, because that module needs this one.
     from .gpu_decode import small_steps
+    from .gpu_look_ahead import small_segments
 
     settings = Settings(device, False, Path())
     small_steps(settings)
+    small_segments(settings)
     for kind, size in [*((kind, 64) for kind in KINDS), ("linear", 256)]:
         for dtype in (torch.bfloat16, torch.float32):
             for form in FORMS[:5]:

@@ -25,10 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
     "tests/test_close.py",
     "tests/test_golden.py",
+    "tests/test_look_ahead_golden.py",
     "tests/test_reference.py",
     "tests/test_step.py",
     "tests/test_step_precision.py",
     "tests/test_triton_attention.py",
+    "tests/test_triton_look_ahead.py",
     "tests/test_triton_tree.py",
 ]
 QUICK_TESTS = ["tests/test_close.py"]
@@ -136,7 +138,7 @@ def _sanitize(program: str, tool: str, seconds: float, report: Report) -> str | 
     script = "from bench.gpu_correctness import small_runs; small_runs('cuda')"
     command = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
     # Only our kernels: instrumenting those of the matrix library takes minutes.
-    for kernel in ("attend_", "tree_", "step_kernel"):
+    for kernel in ("attend_", "look_ahead_", "tree_", "step_kernel"):
         command += ["--kernel-name", f"kns={kernel}"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]
