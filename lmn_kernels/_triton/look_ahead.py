@@ -54,7 +54,7 @@ CONFIGS = {
     "keys": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(32, 8, 2)},
     "distances": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
 }
-FLOAT32 = {16: Config(16, 4, 1), 32: Config(16, 4, 1), 64: Config(16, 8, 1)}
+FLOAT32 = {16: Config(16, 8, 1), 32: Config(16, 4, 1), 64: Config(16, 8, 1)}
 # Programs over distances that are wanted at least; where there are fewer, the streams are split among more.
 TABLE_PROGRAMS = 256
 
