@@ -64,6 +64,8 @@ class Checkpoint:
         model, optimizer, scaler: state dicts.
         rows: the evaluations so far.
         seconds: training time so far, evaluations not counted.
+        memory: of a recurrent model what the next segment reads: ``tensors``, ``tokens`` and ``is_even`` of
+            `lmn_kernels.LookAheadState`, of all streams; None for the others, and before the first segment.
     """
 
     step: int
@@ -76,6 +78,7 @@ class Checkpoint:
     scaler: dict[str, Any]
     rows: list[dict[str, Any]]
     seconds: float
+    memory: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all.

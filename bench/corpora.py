@@ -61,6 +61,19 @@ class Corpus:
                     f"{self.name}, got {len(split)}"
                 )
 
+    def check_streams(self, rows: int, block: int) -> None:
+        """Whether ``rows`` streams can be cut from both splits: of a segment and its targets, of a character and its.
+
+        Raises:
+            InputError: a split is too short.
+        """
+        for name, split, least in (("training", self.train, block + 1), ("validation", self.validation, 2)):
+            if len(split) < rows * least:
+                raise InputError(
+                    f"data: expected at least batch · {least} = {rows * least} characters in the {name} split of "
+                    f"{self.name}, got {len(split)}"
+                )
+
     def unigram_entropy(self) -> float:
         """Nats per character of the validation split under the character frequencies of the training split.
 
@@ -161,6 +174,31 @@ def windows(ids: Tensor, starts: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def window_starts(seed: int, purpose: str, index: int, rows: int, length: int, block: int) -> Tensor:
     """Where the windows of batch ``index`` begin: ``[rows]`` int64, a pure function of the arguments."""
-    mixed = hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()
+    return _draw(f"{seed} {purpose} {index}", rows, length - block)
+
+
+def streams(ids: Tensor, rows: int) -> Tensor:
+    """``ids [N]`` as ``rows`` streams that follow one another, ``[rows, N // rows]``; the rest is left out."""
+    length = len(ids) // rows
+    return ids[: rows * length].view(rows, length)
+
+
+def stream_starts(seed: int, epoch: int, rows: int, length: int) -> Tensor:
+    """Where an epoch begins in each stream: ``[rows]`` int64, 0 … length-1, a pure function of the arguments."""
+    return _draw(f"{seed} stream {epoch}", rows, length)
+
+
+def segments(text: Tensor, starts: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[B, block]`` of the segments that begin at ``starts [B]`` in the streams ``text [B, N]``.
+
+    After the last character of a stream comes its first.
+    """
+    places = (starts[:, None] + torch.arange(block + 1, device=starts.device)) % text.shape[1]
+    rows = text.gather(1, places)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _draw(key: str, rows: int, below: int) -> Tensor:
+    mixed = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") % (1 << 63))
-    return torch.randint(length - block, (rows,), generator=generator)
+    return torch.randint(below, (rows,), generator=generator)

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import InputError
-from .models import FEEDFORWARDS, MODELS, ModelConfig
+from .models import FEEDFORWARDS, MODELS, RECURRENT, ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. The flags of the command line have the same names; ``--help`` says what they do."""
+    """One run. The flags of the command line have the same names; ``--help`` says what they do.
+
+    ``memory`` and ``inner`` are None where the model has none, as in the files of runs that knew of neither.
+    """
 
     model: str
     data: str
@@ -27,6 +30,8 @@ class Settings:
     summarizer: str
     init: str
     feedforward: str
+    memory: int | None
+    inner: int | None
     block: int
     batch: int
     steps: int
@@ -61,6 +66,9 @@ class Settings:
             summarizer=self.summarizer,
             init=self.init,
             feedforward=self.feedforward,
+            memory=self.memory or 0,
+            inner=self.inner or 0,
+            block=self.block if self.model in RECURRENT else 0,
         )
 
     def to_save(self) -> dict[str, Any]:
@@ -81,6 +89,8 @@ _DEFAULTS: dict[str, Any] = {
     "summarizer": "linear",
     "init": "original",
     "feedforward": "wide",
+    "memory": None,
+    "inner": None,
     "block": 256,
     "batch": 16,
     "steps": 2000,
@@ -108,6 +118,8 @@ _MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tinylogmem": {"bank": 2, "feedforward": "square"},
     "expsum": {"bank": 1, "expand": 1},
     "gpt2": {},
+    # None: what `resolve` makes of block and embedding.
+    **dict.fromkeys(RECURRENT, {"memory": None, "inner": None}),
 }
 
 # The original's experiments (specification, section 7).
@@ -165,10 +177,11 @@ _PRESET_MODELS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 _UNUSED: dict[str, tuple[str, ...]] = {
-    "logmem": ("expand",),
-    "tinylogmem": ("expand",),
-    "expsum": (),
-    "gpt2": ("bank", "expand", "summarizer", "init", "feedforward", "backend"),
+    "logmem": ("expand", "memory", "inner"),
+    "tinylogmem": ("expand", "memory", "inner"),
+    "expsum": ("memory", "inner"),
+    "gpt2": ("bank", "expand", "summarizer", "init", "feedforward", "memory", "backend"),
+    **dict.fromkeys(RECURRENT, ("bank", "expand", "summarizer", "init", "feedforward", "eval_batches")),
 }
 
 
@@ -182,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--preset", choices=sorted(_PRESETS), help="settings of the paper's experiments, or of a run of minutes")
-    add("--model", choices=MODELS, help="default: logmem")
+    add("--model", choices=MODELS, help="default: logmem; lamemo and transformer-xl carry a memory along the text")
     add("--data", help="stdlib (default), tinyshakespeare, or the path of a UTF-8 text file")
     add("--out", help="folder of the results (default: runs/MODEL); files of an earlier run in it are replaced")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -198,9 +211,16 @@ def parser() -> argparse.ArgumentParser:
     model("--summarizer", help="linear, conv, conv_mixed or depthwise_separable")
     model("--init", help="original or variance_preserving")
     model("--feedforward", choices=FEEDFORWARDS, help="layers E-4E-E, E-E-E, or one E-E")
+    model("--memory", type=int, help="rows of memory (lamemo, transformer-xl; default: --block)")
+    model("--inner", type=int, help="width of the feed-forward (gpt2, lamemo, transformer-xl; default: 4E)")
     train = result.add_argument_group("training").add_argument
-    train("--block", type=int, help="characters in a window")
-    train("--batch", type=int, help="windows in a step, over all processes")
+    train("--block", type=int, help="characters in a window, or in a segment (lamemo, transformer-xl)")
+    train(
+        "--batch",
+        type=int,
+        help="windows in a step, over all processes; lamemo and transformer-xl: streams that the text is cut into, "
+        "each read from end to end in segments, from another place in every epoch",
+    )
     train("--steps", type=int)
     train("--lr", type=float, help="learning rate of AdamW")
     train("--schedule", choices=("cosine", "constant"), help="cosine falls to a tenth of --lr")
@@ -209,7 +229,12 @@ def parser() -> argparse.ArgumentParser:
     train("--seed", type=int)
     train("--dtype", choices=DTYPES, help="bfloat16 and float16: autocast over float32 parameters")
     train("--eval-every", type=int, help="steps between evaluations")
-    train("--eval-batches", type=int, help="batches of each split in an evaluation")
+    train(
+        "--eval-batches",
+        type=int,
+        help="batches of each split in an evaluation; lamemo and transformer-xl instead read the whole validation "
+        "split, and as much of the training split, with a memory of their own",
+    )
     train("--save-every", type=int, help="steps between checkpoints")
     sample = result.add_argument_group("sample at the end").add_argument
     sample("--prompt", help="text to go on from (default: a newline)")
@@ -246,6 +271,11 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None) -> Settings:
         if name in given:
             raise InputError(f"{name}: expected no value with model {model}, got {given[name]!r}")
     values |= given
+    if model in RECURRENT:
+        if values["memory"] is None:
+            values["memory"] = values["block"]
+        if values["inner"] is None:
+            values["inner"] = 4 * values["embedding"]
     known = {field.name for field in fields(Settings)}
     settings = Settings(**{name: value for name, value in values.items() if name in known})
     _check(settings)
@@ -260,10 +290,10 @@ def default_out(given: dict[str, Any]) -> str:
 def _check(settings: Settings) -> None:
     least = {"embedding": 1, "layers": 1, "heads": 1, "bank": 1, "expand": 0, "block": 2, "batch": 1, "steps": 0}
     least |= {"warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1, "lr": 0}
-    least |= {"sample_tokens": 0, "temperature": 0, "top_k": 0, "threads": 0}
+    least |= {"sample_tokens": 0, "temperature": 0, "top_k": 0, "threads": 0, "memory": 0, "inner": 1}
     for name, bound in least.items():
         value = getattr(settings, name)
-        if not value >= bound:
+        if value is not None and not value >= bound:
             raise InputError(f"{name}: expected at least {bound}, got {value}")
     if settings.embedding % settings.heads:
         raise InputError(f"heads: expected a divisor of embedding {settings.embedding}, got {settings.heads}")

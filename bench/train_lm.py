@@ -2,6 +2,7 @@
 
     python -m bench.train_lm --preset demo
     python -m bench.train_lm --preset paper-32 --data tinyshakespeare --model logmem
+    python -m bench.train_lm --preset paper-32 --data tinyshakespeare --model lamemo --block 128 --memory 256
     torchrun --nproc-per-node 2 -m bench.train_lm --preset paper-128 --data corpus.txt
 
 A run can be ended with Ctrl-C and taken up again with ``--resume``; its losses are then those of a run
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from .corpora import Corpus, load
 from .environment import describe
 from .errors import InputError, RunError
 from .generate import Sample, emit_to_stdout, encode, generate
-from .models import LanguageModel, ModelConfig, build
+from .models import RECURRENT, LanguageModel, ModelConfig, build
 from .ranks import Ranks
 from .settings import Settings, default_out, parser, resolve
-from .training import Interrupted, StopRequest, Trainer
+from .training import Interrupted, RecurrentTrainer, StopRequest, Trainer
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -77,12 +78,17 @@ class Run:
         self._settings, self._ranks = settings, ranks
         self._out = Path(settings.out)
         self._corpus = _load_corpus(settings.data, ranks)
-        self._corpus.check_length(settings.block)
+        recurrent = settings.model in RECURRENT
+        if recurrent:
+            self._corpus.check_streams(settings.batch, settings.block)
+        else:
+            self._corpus.check_length(settings.block)
         encode(settings.prompt, self._corpus.vocabulary)
         self._config = settings.model_config(len(self._corpus.vocabulary))
         if saved:
             _check_same(saved, self._config, self._corpus, settings)
-        self._trainer = Trainer(self._build(), self._corpus, settings, ranks)
+        kind = RecurrentTrainer if recurrent else Trainer
+        self._trainer = kind(self._build(), self._corpus, settings, ranks)
         if saved:
             self._trainer.load(vars(saved))
         self._entropy = self._corpus.unigram_entropy()
@@ -159,13 +165,15 @@ class Run:
             self._write_metrics()
 
     def _save(self) -> None:
+        # Every process has a part of it.
+        state = self._trainer.state()
         if self._ranks.first:
             Checkpoint(
                 model_config=asdict(self._config),
                 settings=self._settings.to_save(),
                 vocabulary=self._corpus.vocabulary,
                 digest=self._corpus.digest,
-                **self._trainer.state(),
+                **state,
             ).save(self._out / CHECKPOINT)
 
     def _write_metrics(self, sample: Sample | None = None) -> None:
@@ -239,11 +247,16 @@ def _load_corpus(data: str, ranks: Ranks) -> Corpus:
 
 def _check_same(saved: Checkpoint, config: ModelConfig, corpus: Corpus, settings: Settings) -> None:
     """Whether a checkpoint can be taken up by this model, on this corpus."""
-    for name, value in asdict(config).items():
-        if name != "symbols" and saved.model_config.get(name) != value:
-            raise InputError(
-                f"resume: expected the checkpoint's {name} {saved.model_config.get(name)!r}, got {value!r}"
-            )
+    absent = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+    before, wanted = absent | saved.model_config, asdict(config)
+    if config.model in RECURRENT:
+        # The memory is of these streams.
+        names = ("batch", "seed", "dtype")
+        before |= {name: saved.settings.get(name) for name in names}
+        wanted |= {name: getattr(settings, name) for name in names}
+    for name, value in wanted.items():
+        if name != "symbols" and before.get(name) != value:
+            raise InputError(f"resume: expected the checkpoint's {name} {before.get(name)!r}, got {value!r}")
     if saved.digest != corpus.digest or saved.vocabulary != corpus.vocabulary:
         raise InputError(
             f"resume: expected the corpus of the checkpoint (sha256 {saved.digest[:12]}…), "

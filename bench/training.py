@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .corpora import Corpus, window_starts, windows
-from .errors import RunError
+from lmn_kernels import LookAheadState
+
+from .corpora import Corpus, segments, stream_starts, streams, window_starts, windows
+from .errors import InputError, RunError
 from .models import LanguageModel
 from .ranks import Ranks
 from .settings import Settings
@@ -79,7 +81,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 class Trainer:
-    """A model in training.
+    """A model in training, on windows from anywhere in the text.
 
     Attributes:
         step: updates done.
@@ -111,7 +113,7 @@ class Trainer:
         self.seconds = 0.0
 
     def state(self) -> dict[str, Any]:
-        """The fields of `bench.checkpoint.Checkpoint` that training changes."""
+        """The fields of `bench.checkpoint.Checkpoint` that training changes; to be called by every process."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -184,15 +186,21 @@ class Trainer:
         ids, settings = self._splits[split], self._settings
         starts = window_starts(settings.seed, purpose, index, settings.batch, len(ids), settings.block)
         x, target = windows(ids, starts[self._share].to(ids.device), settings.block)
-        with torch.autocast(ids.device.type, self._autocast, enabled=self._autocast is not None):
+        with self._autocasting():
             logits = self._runner(x)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        return _cross_entropy(logits, target)
+
+    def _autocasting(self) -> torch.autocast:
+        return torch.autocast(self._ranks.device.type, self._autocast, enabled=self._autocast is not None)
+
+    def _next_loss(self) -> Tensor:
+        """Mean loss over this process's part of what the next update learns from."""
+        return self._loss("train", "train", self.step)
 
     def _update(self) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, self.step)
-        loss = self._loss("train", "train", self.step)
+        loss = self._next_loss()
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         if self._settings.grad_clip:
@@ -204,7 +212,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, stop: StopRequest) -> dict[str, float]:
-        """Mean loss over the same batches each time: ``{"train", "validation"}``.
+        """Mean loss over the same text each time: ``{"train", "validation"}``.
 
         Raises:
             Interrupted: stopped between two batches.
@@ -212,12 +220,94 @@ class Trainer:
         """
         result = {}
         for split in self._splits:
-            total = torch.zeros(1, dtype=torch.float64, device=self._ranks.device)
-            for index in range(self._settings.eval_batches):
-                if stop.now():
-                    raise Interrupted
-                total += self._loss(split, f"evaluate {split}", index)
-            mean = float(self._ranks.sum(total)) / (self._settings.eval_batches * self._ranks.world)
+            total, count = torch.zeros(1, dtype=torch.float64, device=self._ranks.device), 0
+            for loss, weight in self._evaluation(split, stop):
+                total += loss.double() * weight
+                count += weight
+            mean = float(self._ranks.sum(total)) / (count * self._ranks.world)
             self._check_finite(mean)
             result[split] = mean
         return result
+
+    def _evaluation(self, split: str, stop: StopRequest) -> Iterator[tuple[Tensor, int]]:
+        """Mean losses over this process's rows of each batch of an evaluation, and how much each counts."""
+        for index in range(self._settings.eval_batches):
+            if stop.now():
+                raise Interrupted
+            yield self._loss(split, f"evaluate {split}", index), 1
+
+
+class RecurrentTrainer(Trainer):
+    """A model in training that reads the text in order, in segments, with a memory of those before.
+
+    Each split is cut into as many streams as a batch has rows. An epoch reads every stream once, round from a place
+    that seed and epoch decide; it begins with an empty memory, and leaves out what is shorter than a segment at the
+    end. An evaluation reads the streams from their beginnings, with a memory of its own: those of the validation split
+    whole, of the training split as much.
+    """
+
+    def __init__(self, model: LanguageModel, corpus: Corpus, settings: Settings, ranks: Ranks):
+        super().__init__(model, corpus, settings, ranks)
+        self._streams = {name: streams(ids, settings.batch)[self._share] for name, ids in self._splits.items()}
+        # The last character of a stream is a target only.
+        self._segments = (self._streams["train"].shape[1] - 1) // settings.block
+        self._memory: LookAheadState | None = None
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"memory": self._all_memory()}
+
+    def _all_memory(self) -> dict[str, Any] | None:
+        """The memory of the streams of all processes, in tensors of its own."""
+        memory = self._memory
+        if memory is None:
+            return None
+        tensors = {}
+        for name, part in memory.tensors().items():
+            whole = part.new_zeros(self._settings.batch, *part.shape[1:])
+            whole[self._share] = part
+            tensors[name] = self._ranks.sum(whole)
+        return {"tensors": tensors, "tokens": memory.tokens, "is_even": memory.is_even}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            InputError: the memory is missing, and the next segment is not the first of an epoch.
+        """
+        super().load(state)
+        saved = state["memory"]
+        if saved is not None:
+            tensors = {name: part[self._share].to(self._ranks.device) for name, part in saved["tensors"].items()}
+            self._memory = LookAheadState.from_tensors(tensors, saved["tokens"], saved["is_even"])
+        elif self.step % self._segments:
+            raise InputError(f"resume: expected a memory in a checkpoint within an epoch (step {self.step}), got none")
+
+    def _next_loss(self) -> Tensor:
+        settings, text = self._settings, self._streams["train"]
+        epoch, segment = divmod(self.step, self._segments)
+        if segment == 0:
+            self._memory = None
+        starts = stream_starts(settings.seed, epoch, settings.batch, text.shape[1])[self._share].to(text.device)
+        x, target = segments(text, starts + segment * settings.block, settings.block)
+        loss, self._memory = self._read(x, target, self._memory)
+        return loss
+
+    def _read(self, x: Tensor, target: Tensor, memory: LookAheadState | None) -> tuple[Tensor, LookAheadState]:
+        with self._autocasting():
+            logits, memory = self._runner(x, memory)
+        # A copy: a view would keep all that the segment computed, and torch.compile would begin anew for its strides.
+        return _cross_entropy(logits, target), memory.clone()
+
+    def _evaluation(self, split: str, stop: StopRequest) -> Iterator[tuple[Tensor, int]]:
+        text, block = self._streams[split][:, : self._streams["validation"].shape[1]], self._settings.block
+        memory: LookAheadState | None = None
+        for x, target in zip(text[:, :-1].split(block, 1), text[:, 1:].split(block, 1), strict=True):
+            if stop.now():
+                raise Interrupted
+            loss, memory = self._read(x, target, memory)
+            yield loss, x.shape[1]
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import corpora
-from bench.corpora import Corpus, load, window_starts, windows
+from bench.corpora import Corpus, load, segments, stream_starts, streams, window_starts, windows
 from bench.errors import InputError
 
 
@@ -31,6 +31,23 @@ def test_unigram_entropy() -> None:
     assert corpus.unigram_entropy() == pytest.approx(-math.log(4 / 11), abs=1e-12)
     unseen = Corpus.from_text("name", "a" * 9 + "b")
     assert unseen.unigram_entropy() == pytest.approx(-math.log(1 / 11), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rows, block, said",
+    [
+        (5, 17, None),
+        (5, 18, "expected at least batch · 19 = 95 characters in the training split of short, got 90"),
+        (6, 5, "expected at least batch · 2 = 12 characters in the validation split of short, got 10"),
+    ],
+)
+def test_shortest_streams(rows: int, block: int, said: str | None) -> None:
+    corpus = Corpus.from_text("short", "ab" * 50)  # 90 and 10 characters
+    if said is None:
+        corpus.check_streams(rows, block)
+    else:
+        with pytest.raises(InputError, match=said):
+            corpus.check_streams(rows, block)
 
 
 @pytest.mark.parametrize("block, fits", [(8, True), (9, False)])
@@ -62,6 +79,29 @@ def test_batches_are_a_function_of_their_number() -> None:
     assert starts(1, "train", 3) == first
     others = [starts(2, "train", 3), starts(1, "evaluate train", 3), starts(1, "train", 4)]
     assert all(other != first for other in others)
+
+
+def test_streams_are_the_text_in_pieces() -> None:
+    ids = torch.arange(50, 73)
+    text = streams(ids, 3)
+    assert text.tolist() == [list(range(50 + 7 * row, 57 + 7 * row)) for row in range(3)]  # 71 and 72 are left out
+
+
+def test_segments_are_slices_of_a_ring() -> None:
+    text = streams(torch.arange(21), 3)
+    x, target = segments(text, torch.tensor([0, 2, 5]), 4)
+    assert x.tolist() == [[0, 1, 2, 3], [9, 10, 11, 12], [19, 20, 14, 15]]
+    assert target.tolist() == [[1, 2, 3, 4], [10, 11, 12, 13], [20, 14, 15, 16]]
+    assert torch.equal(segments(text, torch.tensor([7, 9, 12]), 4)[0], x)  # a round later
+
+
+def test_starts_of_an_epoch_are_a_function_of_seed_and_epoch() -> None:
+    first = stream_starts(1, 3, 200, 67)
+    torch.manual_seed(5)
+    assert torch.equal(stream_starts(1, 3, 200, 67), first)
+    assert first.dtype == torch.int64 and first.min() == 0 and first.max() == 66
+    assert not torch.equal(stream_starts(1, 4, 200, 67), first)
+    assert not torch.equal(stream_starts(2, 3, 200, 67), first)
 
 
 def test_a_path(tmp_path: Path) -> None:

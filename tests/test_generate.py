@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bench import generate as generate_module
 from bench import train_lm
-from bench.models import GPT2, MODELS, LanguageModel, build
+from bench.models import GPT2, MODELS, RECURRENT, LanguageModel, Recurrent, build
 from bench.settings import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,23 +46,46 @@ def test_parameter_counts_of_the_paper(preset: str, model: str, count: int) -> N
     assert build(config).parameter_count() == count
 
 
+@pytest.mark.parametrize("model, count", [("lamemo", 71_461), ("transformer-xl", 71_429)])
+def test_width_at_which_the_parameters_are_those_of_logmem(model: str, count: int) -> None:
+    """LogMem has 71,489; a unit of the feed-forward more or less is 260."""
+    config = resolve({"preset": "paper-32", "model": model, "inner": 185}, None).model_config(65)
+    assert build(config).parameter_count() == count
+
+
 def _model(name: str, **flags: Any) -> LanguageModel:
     torch.manual_seed(0)
     given = {"model": name, "embedding": 8, "heads": 2, "layers": 2, "block": 12, **flags}
     return build(resolve(given, None).model_config(11)).double()
 
 
-@pytest.mark.parametrize("name", [*MODELS, "single"])
+# What LaMemo says depends on where the text is cut: its memory has looked ahead to the newest segment.
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "lamemo"), "single"])
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_streaming_equals_forward(name: str, prompt: int) -> None:
     model = _model("tinylogmem", feedforward="single") if name == "single" else _model(name)
     ids = torch.randint(11, (3, 12))
-    expected = model(ids)
+    expected = model(ids)[0] if isinstance(model, Recurrent) else model(ids)
     logits, state = model.prefill(ids[:, :prompt])
     torch.testing.assert_close(logits, expected[:, prompt - 1], rtol=0, atol=1e-10)
     for t in range(prompt, 12):
         logits, state = model.step(ids[:, t], state)
         torch.testing.assert_close(logits, expected[:, t], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prompt", [1, 12, 29])
+def test_a_prompt_is_read_in_segments(prompt: int) -> None:
+    model = _model("lamemo", layers=3, memory=20)
+    ids = torch.randint(11, (3, 32))
+    memory = None
+    for begin in range(0, prompt, 12):
+        expected, memory = model(ids[:, begin : min(begin + 12, prompt)], memory)
+    logits, state = model.prefill(ids[:, :prompt])
+    for t in range(prompt, 32):
+        torch.testing.assert_close(logits, expected[:, -1], rtol=0, atol=1e-12)
+        expected, memory = model(ids[:, t : t + 1], memory)
+        logits, state = model.step(ids[:, t], state)
+    assert state.length == 20
 
 
 def test_gpt2_sees_its_window() -> None:
@@ -130,6 +153,17 @@ def test_state_does_not_grow_with_the_text(trained: Path) -> None:
 
     # Positions 33 and 62 have the same levels, 65 one more.
     assert size(32) == size(61) < size(64) < 1.5 * size(32)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_state_is_constant_once_the_memory_is_full(name: str) -> None:
+    model = _model(name, memory=16)
+
+    def size(tokens: int) -> int:
+        silent: dict[str, Any] = {"temperature": 0.5, "top_k": 0, "seed": 0, "emit": lambda text: None}
+        return generate_module.generate(model, "abcdefghijk", "abcdefg", tokens=tokens, **silent).state_bytes
+
+    assert size(4) < size(9) == size(10) == size(30)
 
 
 def test_empty_prompt_starts_from_a_newline() -> None:
