@@ -8,14 +8,15 @@ of earlier segments, of which output and log-sum-exp are given: an online softma
     token row i, key j ≤ i:                   s_ij = ((q_i + u)·k_j + (q_i + v)·r_{i-j}) / √D
     memory row i, key max(i, M-W) < j ≤ M:    s_ij = ((q_i + u')·k_j + (q_i + v')·r'_{j-i}) / √D
 
-A block of queries makes the scores of the keys in its reach by two products; that with the table of distances is a
-band, of which a strided view is the part that belongs to each pair, so nothing is shifted or gathered. Backward makes
-the scores again. The largest tensor is a block's, and the work is linear in the memory's length for a given W.
+A block of queries of some of the streams makes the scores of the keys in its reach by two products; that with the
+table of distances is a band, of which a strided view is the part that belongs to each pair, so nothing is shifted or
+gathered. Backward makes the scores again. The largest tensor is a block's, and fits a cache; the work is linear in the
+memory's length for a given W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from .precision import compute_dtype
 
-# Elements of a block's largest tensor, as in python_ref.attention, and the rows of a block.
-BLOCK_ELEMENTS = 1 << 21
-LEAST_ROWS, MOST_ROWS = 16, 128
+# Elements of the scores of a block, which are passed over about ten times, and its rows: more would be hidden ones
+# (measured on two Zen cores, 2^15 to 2^21 and 32 to 128, heads of 8 and 64).
+BLOCK_ELEMENTS = 1 << 19
+LEAST_ROWS, MOST_ROWS = 16, 32
 
 
 class _Block(NamedTuple):
@@ -43,10 +45,17 @@ class _Block(NamedTuple):
     high: int
 
 
+def _streams(q: Tensor, kv: Tensor) -> Iterator[slice]:
+    """Streams that are taken together, where blocks of `MOST_ROWS` leave room for several."""
+    step = max(1, BLOCK_ELEMENTS // (kv.shape[3] * kv.shape[1] * min(MOST_ROWS, q.shape[1])))
+    for first in range(0, q.shape[0], step):
+        yield slice(first, first + step)
+
+
 def _blocks(q: Tensor, kv: Tensor, tokens: int, window: int) -> Iterator[_Block]:
     batch, keys, _, heads, _ = kv.shape
     memory, first = q.shape[1] - tokens, keys - tokens
-    step = BLOCK_ELEMENTS // max(1, batch * heads * keys)
+    step = BLOCK_ELEMENTS // (batch * heads * keys)
     step = max(LEAST_ROWS, min(MOST_ROWS, step))
     for i0 in range(0, memory, step):
         i1 = min(i0 + step, memory)
@@ -157,10 +166,26 @@ def attend(
     Returns:
         ``out`` shaped and typed as q, and ``lse [B, rows, H]`` in float32 (float64 for float64).
     """
-    operands = _Operands(q, kv, bias, table, start, future_row)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    total = q.new_empty(q.shape[:3], dtype=operands.dtype)
-    for block in _blocks(q, kv, tokens, window):
+    total = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    for some in _streams(q, kv):
+        seeds = (None, None) if output is None or lse is None else (output[some], lse[some])
+        begin = None if start is None else start[some]
+        operands = _Operands(q[some], kv[some], bias, table, begin, future_row)
+        _attend(operands, *seeds, _blocks(q[some], kv[some], tokens, window), out[some], total[some])
+    return out, total
+
+
+def _attend(
+    operands: _Operands,
+    output: Tensor | None,
+    lse: Tensor | None,
+    blocks: Iterable[_Block],
+    out: Tensor,
+    total: Tensor,
+) -> None:
+    """Write the results of some streams."""
+    for block in blocks:
         rows = slice(block.i0 - operands.first_row, block.i1 - operands.first_row)
         score = operands.scores(block, *operands.queries(block))
         top = score.detach().amax(-1, keepdim=True)
@@ -177,7 +202,6 @@ def attend(
             mixed = mixed + share * operands.by_head(output[:, rows]).flatten(0, 1)
         out[:, rows] = _by_batch(mixed / size, operands).to(out.dtype)
         total[:, rows] = _by_batch(top + size.log(), operands)[..., 0]
-    return out, total
 
 
 def _by_batch(x: Tensor, operands: _Operands) -> Tensor:
@@ -204,12 +228,33 @@ def attend_backward(
     Of a softmax that began with something these are those of an ordinary one, given the merged ``out`` and ``lse``
     (section 3): the weights say how little the new keys count.
     """
-    o = _Operands(q, kv, bias, table, start, future_row)
-    grad_q, grad_bias = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(o.bias)
-    grad_k, grad_v = torch.zeros_like(o.k), torch.zeros_like(o.v)
-    grad_past, grad_future = (torch.zeros(x.shape, dtype=o.dtype, device=x.device) for x in (o.past, o.future))
-    mean = (grad_out.to(o.dtype) * out.to(o.dtype)).sum(-1) - grad_lse.to(o.dtype)
-    for block in _blocks(q, kv, tokens, window):
+    wide = compute_dtype(q.dtype)
+    grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
+    grad_bias, grad_table = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (bias, table))
+    for some in _streams(q, kv):
+        begin = None if start is None else start[some]
+        operands = _Operands(q[some], kv[some], bias, table, begin, future_row)
+        mean = (grad_out[some].to(wide) * out[some].to(wide)).sum(-1) - grad_lse[some].to(wide)
+        blocks = _blocks(q[some], kv[some], tokens, window)
+        to_kv, to_bias, (behind, ahead) = _backward(operands, blocks, grad_out[some], mean, lse[some], grad_q[some])
+        grad_kv[some] = to_kv
+        grad_bias += to_bias
+        grad_table[: kv.shape[1]] += behind.transpose(0, 1).flip(0)
+        grad_table[future_row:] += ahead.transpose(0, 1)
+    return grad_q, grad_kv, grad_bias.to(bias.dtype), grad_table.to(table.dtype)
+
+
+def _backward(
+    o: _Operands, blocks: Iterable[_Block], grad_out: Tensor, mean: Tensor, lse: Tensor, grad_q: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Gradients of kv, bias and the two tables by head, from some streams; writes that of q.
+
+    Args:
+        mean: ``[B, rows, H]`` what a softmax takes off: <grad_out, out>, less the gradient of its normaliser.
+    """
+    grad_k, grad_v, grad_bias = torch.zeros_like(o.k), torch.zeros_like(o.v), torch.zeros_like(o.bias)
+    tables = (torch.zeros_like(o.past), torch.zeros_like(o.future))
+    for block in blocks:
         rows, keys = slice(block.i0 - o.first_row, block.i1 - o.first_row), slice(block.j0, block.j1)
         content, position = o.queries(block)
         grad = o.by_head(grad_out[:, rows]).flatten(0, 1)
@@ -220,18 +265,13 @@ def attend_backward(
         grad_k[:, keys].baddbmm_(grad_score.transpose(1, 2), content)
         to_content = torch.bmm(grad_score, o.k[:, keys]) * o.scale
         band = _band(grad_score, block).view(o.heads, position.shape[1], -1)
-        grad_table = (grad_future if block.looks_ahead else grad_past)[:, o.distances(block)]
-        grad_table.baddbmm_(band.transpose(1, 2), position)
+        tables[block.looks_ahead][:, o.distances(block)].baddbmm_(band.transpose(1, 2), position)
         to_position = torch.bmm(band, o.table(block)).mul_(o.scale)
         kind = 2 * block.looks_ahead
         grad_bias[kind] += to_content.unflatten(0, (o.heads, o.batch)).sum((1, 2))[:, None, None]
         grad_bias[kind + 1] += to_position.sum(1)[:, None, None]
-        grad_q[:, rows] = _by_batch(to_content.add_(to_position.view(to_content.shape)), o).to(q.dtype)
-    grad_kv = torch.stack([_by_batch(x, o) for x in (grad_k, grad_v)], 2).to(kv.dtype)
-    grad_table = torch.zeros(table.shape, dtype=o.dtype, device=table.device)
-    grad_table[: kv.shape[1]] = grad_past.transpose(0, 1).flip(0)
-    grad_table[future_row:] += grad_future.transpose(0, 1)
-    return grad_q, grad_kv, grad_bias[:, :, 0, 0].to(bias.dtype), grad_table.to(table.dtype)
+        grad_q[:, rows] = _by_batch(to_content.add_(to_position.view(to_content.shape)), o).to(grad_q.dtype)
+    return torch.stack([_by_batch(x, o) for x in (grad_k, grad_v)], 2), grad_bias[:, :, 0, 0], tables
 
 
 def _band(grad_score: Tensor, block: _Block) -> Tensor:
