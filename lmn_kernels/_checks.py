@@ -53,5 +53,6 @@ def check_ids(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, low
 
 
 def check_positive(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    # A SymInt: a size that torch.export or torch.compile has left open.
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -43,7 +43,7 @@ _LIBRARY.define(
 )
 
 # Rows, start, T, W and where the second table begins: see python_ref.look_ahead.
-_REACH = "Tensor? start, int tokens, int window, int future_row, str backend"
+_REACH = "Tensor? start, SymInt tokens, SymInt window, SymInt future_row, str backend"
 _LIBRARY.define(
     f"look_ahead_attend(Tensor q, Tensor kv, Tensor bias, Tensor table, Tensor? output, Tensor? lse, {_REACH}) "
     "-> (Tensor, Tensor)"

@@ -157,7 +157,8 @@ def look_ahead_attend(
         tokens: T ≥ 1.
         output: ``[B, M, H, D]`` in the dtype of q, and ``lse [B, M, H]`` in float32 (float64 for float64): result and
             log-sum-exp of what the memory's rows saw before, to go on from; or neither.
-        start: ``[B]`` int32 or int64: the segment does not see keys before it, 0 … K-T; 0 where None.
+        start: ``[B]`` int32 or int64: the segment does not see keys before it, 0 … K-T, whatever they hold; 0 where
+            None.
         window: W ≥ 1; T where None.
         future_row: where the memory's table begins: 0, or behind the other one's K rows.
         backend: ``"auto"``, ``"reference"``, or the name of a kernel implementation.
@@ -176,12 +177,14 @@ def look_ahead_attend(
     check_float("q", q)
     check_shape("q", q, (None, None, None, None), "[batch, rows, heads, head size]")
     batch, rows, heads, size = q.shape
+    check_positive("q.shape[2], the heads", heads)
+    check_positive("q.shape[3], their size", size)
     check_positive("tokens", tokens)
     check_shape("kv", kv, (batch, None, 2, heads, size), "[batch, keys, 2, heads, head size]")
     keys = kv.shape[1]
     if tokens > keys:
         raise ValueError(f"tokens: expected at most the {keys} keys of kv, got {tokens}")
-    if rows not in (tokens, keys):
+    if rows != tokens and rows != keys:
         raise ValueError(f"q: expected {tokens} rows of the tokens or all {keys} of the keys, got {rows}")
     memory = rows - tokens
     check_shape("bias", bias, (4, heads, size), "[kinds, heads, head size]")
@@ -211,8 +214,9 @@ def look_ahead_attend(
         if value is not None:
             check_float(name, value, q.dtype)
             check_device(name, value, q.device)
+    for name, value in (("q", q), ("kv", kv), ("bias", bias), ("table", table), ("output", output), ("lse", lse)):
+        if value is not None:
             _refuse_tangent(name, value)
-    _refuse_tangent("q", q)
     served = resolve(backend, "look_ahead_attend", q.device, q.dtype, size)
     out, total = _OPS.look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, future_row, served)
     return out, total

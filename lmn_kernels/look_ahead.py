@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from python_ref.look_ahead_definition import merge
+from python_ref.look_ahead import merge
+from python_ref.precision import compute_dtype
 
 from . import _backend
 from ._checks import check_positive
@@ -104,13 +105,17 @@ class LookAheadMemoryAttention(nn.Module):
             ``y [B, rows, E]``, ``out [B, rows, H, D]`` as attention left it, and its log-sum-exp ``[B, rows, H]``,
             rows = K, or T where the memory does not attend.
         """
-        tokens, rows = reach.tokens, x if looks_ahead else x[:, -reach.tokens :]
+        tokens = reach.tokens
+        rows = x if looks_ahead else x[:, -tokens:]
         normed = self.layer_norm(x) if self.pre_norm else x
         q = self.q_net(normed if looks_ahead else normed[:, -tokens:]).unflatten(-1, (self.heads, -1))
         kv = self.kv_net(normed).unflatten(-1, (2, self.heads, -1))
         table = self.r_net(reach.distances).unflatten(-1, (self.heads, -1))
         memory = q.shape[1] - tokens
-        output, lse = (None, None) if not memory or output is None or lse is None else (output.to(q.dtype), lse)
+        if not memory or output is None or lse is None:
+            output = lse = None
+        else:
+            output, lse = output.to(q.dtype), lse.to(compute_dtype(q.dtype))
         literal = self.merge_eps > 0
         out, total = look_ahead_attend(
             q, kv, reach.bias.to(q.dtype), table, tokens=tokens,

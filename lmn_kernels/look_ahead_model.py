@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from python_ref.precision import compute_dtype, no_autocast
 
-from ._checks import check_device, check_float, check_ids, check_positive, check_shape
+from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 from .functional import autocasts
 from .look_ahead import LookAheadMemoryLayer, Reach
 from .look_ahead_state import LookAheadState
@@ -68,6 +69,7 @@ class LookAheadMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_positive("embedding", embedding)
         check_positive("layers", layers)
         check_positive("memory_length", memory_length, 0)
         if embedding % 2:
@@ -102,7 +104,7 @@ class LookAheadMemory(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-            if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            if isinstance(module, (nn.Linear, nn.LayerNorm, _TiedOutput)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_future"):
@@ -282,30 +284,44 @@ class LookAheadLanguageModel(LookAheadMemory):
         check_positive("symbols", symbols)
         # Under the original's names.
         self.word_emb = nn.ModuleDict({"emb_layers": nn.ModuleList([nn.Embedding(symbols, embedding, **place)])})
-        self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([nn.Linear(embedding, symbols, **place)])})
-        self._output().weight = self._table().weight
+        self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([_TiedOutput(symbols, **place)])})
         self.symbols = symbols
-        self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_complete_checkpoint)
+        nn.init.normal_(self._table().weight, 0.0, 0.02)
+        self.register_load_state_dict_pre_hook(_untie_checkpoint)
 
     def forward(  # type: ignore[override]
         self, ids: Tensor, state: LookAheadState | None = None
     ) -> tuple[Tensor, LookAheadState]:
         """``ids [B, T]``, int64 → logits ``[B, T, symbols]`` of the symbol after each, and the new state."""
-        check_ids("ids", ids, tuple(ids.shape), 0, self.symbols - 1)
+        check_tensor("ids", ids)
+        check_shape("ids", ids, (None, None), "[batch, tokens]")
+        check_ids("ids", ids, ids.shape, 0, self.symbols - 1)
         y, state = super().forward(self._table()(ids) * self.embedding**0.5, state)
-        return self._output()(y), state
+        return self.crit["out_layers"][0](y, self._table().weight), state  # type: ignore[index,operator]
 
     def _table(self) -> nn.Embedding:
         return self.word_emb["emb_layers"][0]  # type: ignore[index,return-value]
 
-    def _output(self) -> nn.Linear:
-        return self.crit["out_layers"][0]  # type: ignore[index,return-value]
+
+class _TiedOutput(nn.Module):
+    """The output layer but for its weight, which is the embedding's: one parameter cannot come apart."""
+
+    def __init__(self, symbols: int, device=None, dtype=None):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(symbols, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
 
-def _complete_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Add the tied weight where a checkpoint has it once, and drop the original's table of frequencies."""
-    table = state_dict.get(f"{prefix}word_emb.emb_layers.0.weight")
-    if table is not None:
-        state_dict.setdefault(f"{prefix}crit.out_layers.0.weight", table)
+def _untie_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """Drop, in place, the second copy of the tied weight, and the original's table of frequencies.
+
+    Raises:
+        ValueError: the copies differ.
+    """
+    name = f"{prefix}crit.out_layers.0.weight"
+    copy, table = state_dict.pop(name, None), state_dict.get(f"{prefix}word_emb.emb_layers.0.weight")
+    if copy is not None and table is not None and not torch.equal(copy, table):
+        raise ValueError(f"{name}: expected the weights of word_emb.emb_layers.0, to which it is tied, got others")
     state_dict.pop(f"{prefix}pos_emb.inv_freq", None)

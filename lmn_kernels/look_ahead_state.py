@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _state_files
-from ._checks import check_device, check_float, check_ids, check_shape, check_tensor
+from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class LookAheadState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors; storage may be twice as large, where they are views of what a segment computed."""
         return sum(tensor.nbytes for tensor in (*self.inputs, *self.outputs, *self.lse, self.start))
 
     def reorder(self, index: Tensor) -> LookAheadState:
@@ -62,7 +62,9 @@ class LookAheadState:
     def reset(self, rows: Tensor | None = None) -> LookAheadState:
         """The state with the memory of ``rows`` emptied: indices (int32, int64) or a ``[B]`` bool mask; all if None."""
         if rows is None:
-            empty = self._map(lambda tensor: tensor[:, :0] if tensor.dim() > 1 else torch.zeros_like(tensor))
+            empty = self._map(
+                lambda t: t.new_empty(len(t), 0, *t.shape[2:]) if t.dim() > 1 else torch.zeros_like(t)
+            )
             return replace(empty, tokens=0, is_even=True)
         check_tensor("rows", rows)
         if rows.dtype == torch.bool:
@@ -98,12 +100,18 @@ class LookAheadState:
         )
 
     def last(self, length: int) -> LookAheadState:
-        """The newest ``length`` rows of the memory, or all where there are fewer."""
-        dropped = max(0, self.length - length)
-        if not dropped:
+        """The newest ``length`` ≥ 0 rows of the memory, or all where there are fewer."""
+        check_positive("length", length, 0)
+        dropped = self.length - length
+        if dropped <= 0:
             return self
-        newest = self._map(lambda tensor: tensor[:, dropped:] if tensor.dim() > 1 else tensor)
-        return replace(newest, start=(self.start - dropped).clamp(min=0))
+
+        def newest(tensor: Tensor) -> Tensor:
+            # A view costs nothing, but keeps all of its storage.
+            return tensor[:, dropped:].clone() if dropped > length else tensor[:, dropped:]
+
+        kept = self._map(lambda tensor: newest(tensor) if tensor.dim() > 1 else tensor)
+        return replace(kept, start=(self.start - dropped).clamp(min=0))
 
     def check_for(self, batch_size: int, embedding: int, layers: int, cached: int, heads: int, size: int) -> None:
         """Whether a model with these sizes, that keeps ``cached`` outputs of ``layers``, can go on from this state.

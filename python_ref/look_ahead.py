@@ -74,6 +74,10 @@ class _Operands:
         self.first_row = kv.shape[1] - q.shape[1]
         self.batch, self.heads, self.scale = q.shape[0], q.shape[2], q.shape[3] ** -0.5
         self.q, self.bias = self.by_head(q), bias.to(self.dtype)[:, :, None, None]
+        if start is not None:
+            # What no token sees may be of any value, and a weight of zero does not silence a NaN.
+            gone = torch.arange(kv.shape[1], device=kv.device) < start[:, None]
+            kv = kv.masked_fill(gone[:, :, None, None, None], 0)
         self.k, self.v = (self.by_head(part).flatten(0, 1).contiguous() for part in kv.unbind(2))
         self.future = table[future_row:].transpose(0, 1).to(self.dtype)
         # Distances fall as keys rise.
@@ -102,7 +106,7 @@ class _Operands:
     def scores(self, block: _Block, content: Tensor, position: Tensor) -> Tensor:
         """``[H·B, b, n]``, -inf where a query does not see a key."""
         band = torch.matmul(position, self.table(block).transpose(1, 2))
-        by_distance = _pairs(band.view(content.shape[0], content.shape[1], -1), block)
+        by_distance = _pairs(band.view(content.shape[0], content.shape[1], band.shape[2]), block)
         score = torch.baddbmm(by_distance, content, self.k[:, block.j0 : block.j1].transpose(1, 2))
         i = torch.arange(block.i0, block.i1, device=score.device)[:, None]
         if block.looks_ahead:
@@ -229,7 +233,7 @@ def attend_backward(
     (section 3): the weights say how little the new keys count.
     """
     wide = compute_dtype(q.dtype)
-    grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
+    grad_q, grad_kv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, kv))
     grad_bias, grad_table = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (bias, table))
     for some in _streams(q, kv):
         begin = None if start is None else start[some]
@@ -264,7 +268,8 @@ def _backward(
         grad_score = torch.bmm(grad, o.v[:, keys].transpose(1, 2)).sub_(by_row[1]).mul_(weight)
         grad_k[:, keys].baddbmm_(grad_score.transpose(1, 2), content)
         to_content = torch.bmm(grad_score, o.k[:, keys]) * o.scale
-        band = _band(grad_score, block).view(o.heads, position.shape[1], -1)
+        band = _band(grad_score, block)
+        band = band.view(o.heads, position.shape[1], band.shape[2])
         tables[block.looks_ahead][:, o.distances(block)].baddbmm_(band.transpose(1, 2), position)
         to_position = torch.bmm(band, o.table(block)).mul_(o.scale)
         kind = 2 * block.looks_ahead
@@ -283,3 +288,21 @@ def _band(grad_score: Tensor, block: _Block) -> Tensor:
     _pairs(band, block, width).copy_(grad_score)
     distances = block.high - block.low + 1
     return band[:, :, width - distances :] if block.looks_ahead else band[:, :, :distances]
+
+
+def merge(old: Tensor, old_lse: Tensor, new: Tensor, new_lse: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over disjoint keys made one (section 3), ``eps`` in the denominator as the original has it.
+
+    Args:
+        old, new: ``[B, M, H, D]`` outputs.
+        old_lse, new_lse: ``[B, M, H]`` log-sum-exp of their scores.
+        eps: 1e-6 for the original's numbers, 0 for the exact merge.
+
+    Returns:
+        The merged output, in the dtype of ``new``, and its log-sum-exp.
+    """
+    top = torch.maximum(old_lse, new_lse)
+    a, b = (old_lse - top).exp(), (new_lse - top).exp()
+    alpha = (a / (a + b + eps))[..., None]
+    merged = alpha * old.to(alpha.dtype) + (1 - alpha) * new.to(alpha.dtype)
+    return merged.to(new.dtype), torch.logaddexp(old_lse, new_lse)

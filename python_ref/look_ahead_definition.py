@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .look_ahead import merge
+
 
 def attend(
     q: Tensor,
@@ -50,21 +52,3 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor, table: Tensor, row: Tensor, look
     relative = table[row.clamp(max=table.shape[0] - 1)]
     by_content = torch.einsum("bihd,bjhd->bhij", q + content, k)
     return by_content + torch.einsum("bihd,ijhd->bhij", q + position, relative)
-
-
-def merge(old: Tensor, old_lse: Tensor, new: Tensor, new_lse: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Two softmaxes over disjoint keys made one (section 3), ``eps`` in the denominator as the original has it.
-
-    Args:
-        old, new: ``[B, M, H, D]`` outputs.
-        old_lse, new_lse: ``[B, M, H]`` log-sum-exp of their scores.
-        eps: 1e-6 for the original's numbers, 0 for the exact merge.
-
-    Returns:
-        The merged output, in the dtype of ``new``, and its log-sum-exp.
-    """
-    top = torch.maximum(old_lse, new_lse)
-    a, b = (old_lse - top).exp(), (new_lse - top).exp()
-    alpha = (a / (a + b + eps))[..., None]
-    merged = alpha * old.to(alpha.dtype) + (1 - alpha) * new.to(alpha.dtype)
-    return merged.to(new.dtype), torch.logaddexp(old_lse, new_lse)

@@ -85,11 +85,11 @@ def _constants(config: Config, head_size: int, dtype: torch.dtype, start: Tensor
     }
 
 
-def _sizes(q: Tensor, kv: Tensor, table: Tensor, tokens: int, window: int, future_row: int) -> tuple[int, ...]:
+def _sizes(q: Tensor, kv: Tensor, tokens: int, window: int, future_row: int) -> tuple[int, ...]:
     """The integers of the kernels, as `look_ahead_kernels.SIZES` names them."""
     rows, keys = q.shape[1], kv.shape[1]
     low = max(1, rows - tokens - window + 1)
-    return q.shape[0], keys, rows, tokens, low, table.shape[0], future_row
+    return q.shape[0], keys, rows, tokens, low, future_row
 
 
 def _row_blocks(rows: int, tokens: int, width: int) -> int:
@@ -114,6 +114,7 @@ def attend(
     products = product_dtype(q)
     config = config or default_config("forward", head_size, products)
     q, kv, bias, table = (tensor.contiguous() for tensor in (q, kv, bias, table))
+    start = None if start is None else start.contiguous()
     out = torch.empty_like(q)
     total = torch.empty(batch, rows, heads, dtype=torch.float32, device=q.device)
     blocks = _row_blocks(rows, tokens, config.BT)
@@ -123,7 +124,7 @@ def attend(
         with on_device(q):
             look_ahead_fwd_kernel[(blocks * batch * heads,)](
                 q, kv, bias, table, *seeds, q if start is None else start, out, total,
-                *_sizes(q, kv, table, tokens, window, future_row), heads,
+                *_sizes(q, kv, tokens, window, future_row), heads,
                 **_constants(config, head_size, products, start), IS_SEEDED=seeded,
             )  # fmt: skip
     return out, total
@@ -152,6 +153,7 @@ def attend_backward(
     )
     q, kv, bias, table, out, lse = (tensor.contiguous() for tensor in (q, kv, bias, table, out, lse))
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
+    start = None if start is None else start.contiguous()
     d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
     if not batch:
         return d_q, d_kv, torch.zeros_like(bias), torch.zeros_like(table)
@@ -166,7 +168,7 @@ def attend_backward(
     splits = min(batch, triton.cdiv(TABLE_PROGRAMS, distances * heads))
     # Rows of no distance stay zero.
     d_table = torch.zeros(splits, *table.shape, dtype=torch.float32, device=q.device)
-    sizes = _sizes(q, kv, table, tokens, window, future_row)
+    sizes = _sizes(q, kv, tokens, window, future_row)
     first = q if start is None else start
     by_row, by_key, by_distance = (
         _constants(one, head_size, products, start) for one in (rowwise, keywise, distancewise)
@@ -179,8 +181,9 @@ def attend_backward(
             q, kv, bias, table, first, lse, grad_out, mean, d_kv, *sizes, heads, **by_key
         )
         look_ahead_bwd_kernel_dtable[(distances * heads * splits,)](
-            q, kv, bias, table, first, lse, grad_out, mean, d_table, *sizes, splits, heads, **by_distance
-        )
+            q, kv, bias, table, first, lse, grad_out, mean, d_table,
+            *sizes, table.shape[0], splits, heads, **by_distance,
+        )  # fmt: skip
     by_kind = torch.stack([d_bias[ahead_blocks:].sum((0, 1)), d_bias[:ahead_blocks].sum((0, 1))])
     return d_q, d_kv, by_kind.flatten(0, 1).to(bias.dtype), d_table.sum(0).to(table.dtype)
 
@@ -188,7 +191,7 @@ def attend_backward(
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every kernel, configuration and dtype of this file, as a GPU of compute capability ``arch`` gets them."""
     wide = pointer(torch.float32)
-    sizes = dict.fromkeys([*SIZES, "splits", "H"], "i32")
+    sizes = dict.fromkeys([*SIZES, "R", "splits", "H"], "i32")
     sums = dict.fromkeys(("seed", "lse", "d_lse", "mean", "d_bias", "d_table"), wide)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         names = ("q", "kv", "bias", "table", "output", "out", "d_out", "dq", "dkv")

@@ -9,7 +9,9 @@ gather, brings them to their keys.
 import triton
 import triton.language as tl
 
-SIZES = ["B", "K", "Q", "T", "low", "R", "future_row"]
+SIZES = ["B", "K", "Q", "T", "low", "future_row"]
+# Scores in units of log 2, for exp2.
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -48,13 +50,24 @@ def _vector(base, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _distances(table, ahead, r0, t0, R, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Table rows of t0 … t0+BT-1, as the kind counts distances; zeros where there is none."""
+def _distances(table, ahead, r0, t0, K, memory, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Table rows of t0 … t0+BT-1, as the kind counts distances; zeros where no pair of the kind is so far apart."""
     sign = tl.where(ahead, 1, -1)
-    first = r0 + sign * t0
-    o_r = first + sign * tl.arange(0, BT)
-    p = table + tl.cast(first, tl.int64) * (H * D)
-    return _load(p, 0, (o_r >= r0) & (o_r < R), sign * (H * D), D, BT, BD)
+    o_a = sign * (t0 + tl.arange(0, BT))
+    m_a = (o_a >= tl.where(ahead, 1, 0)) & (o_a < tl.where(ahead, memory + 1, K))
+    p = table + tl.cast(r0 + sign * t0, tl.int64) * (H * D)
+    return _load(p, 0, m_a, sign * (H * D), D, BT, BD)
+
+
+@triton.jit
+def _queries(q, bias, i_b, i_h, i0, end, ahead, K, Q, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Of a block of rows: which exist, where each lies in ``[B, Q, H]``, and q + u and q + v of their kind."""
+    o_i = i0 + tl.arange(0, BT)
+    m_i = o_i < end
+    o_row = (i_b * Q + o_i - (K - Q)) * H + i_h
+    b_q = _load(q + i_b * Q * H * D + i_h * D, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
+    p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
+    return o_i, m_i, o_row, b_q + _vector(p_bias, D, BD), b_q + _vector(p_bias + H * D, D, BD)
 
 
 @triton.jit
@@ -96,7 +109,6 @@ def look_ahead_fwd_kernel(
     Q,
     T,
     low,
-    R,
     future_row,
     H,
     D: tl.constexpr,
@@ -114,32 +126,27 @@ def look_ahead_fwd_kernel(
     ahead, i0, end, r0, j0, j1 = _block(i_p, K, Q, T, low, future_row, BT)
     if HAS_START:
         j0 = tl.where(ahead, j0, tl.load(start + i_b))
-    o_i = i0 + tl.arange(0, BT)
-    m_i = o_i < end
-    o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-    b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
-    p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
-    b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
-    b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
-    # Scores in units of log 2, for exp2.
-    log2_scale: tl.constexpr = D**-0.5 * 1.4426950408889634
+    o_i, m_i, o_row, b_qu, b_qv = _queries(q, bias, i_b, i_h, i0, end, ahead, K, Q, H, D, BT, BD)
+    b_qu, b_qv = b_qu.to(DOT), b_qv.to(DOT)
+    base_q = i_b * Q * H * D + i_h * D
+    log2_scale: tl.constexpr = D**-0.5 * LOG2_E
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
     b_out = tl.zeros([BT, BD], tl.float32)
     if IS_SEEDED:
         m_s = m_i & ahead
         p_seed = seed + (i_b * (Q - T) + o_i) * H + i_h
-        b_max = tl.load(p_seed, mask=m_s, other=float("-inf")) * 1.4426950408889634
+        b_max = tl.load(p_seed, mask=m_s, other=float("-inf")) * LOG2_E
         b_sum = tl.where(m_s, 1.0, 0.0)
         b_out = _load(output + i_b * (Q - T) * H * D + i_h * D, i0, m_s, H * D, D, BT, BD).to(tl.float32)
     p_kv, p_table = kv + i_b * K * 2 * H * D + i_h * D, table + i_h * D
-    b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, R, H, D, BT, BD).to(DOT)
+    b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, K, Q - T, H, D, BT, BD).to(DOT)
     b_low = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
     for j in range(j0, j1, BT):
         o_j = j + tl.arange(0, BT)
         m_j = o_j < j1
         b_k = _load(p_kv, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
-        b_r = _distances(p_table, ahead, r0, j - i0 + 1, R, H, D, BT, BD).to(DOT)
+        b_r = _distances(p_table, ahead, r0, j - i0 + 1, K, Q - T, H, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
         b_score = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION) + _to_keys(b_low, b_high, BT)
         b_low = b_high
@@ -154,7 +161,7 @@ def look_ahead_fwd_kernel(
         b_out = b_out * b_decay[:, None] + tl.dot(b_weight.to(DOT), b_v, input_precision=PRECISION)
         b_max = b_new
     _store(out + base_q, i0 - (K - Q), m_i, H * D, b_out / b_sum[:, None], D, BT, BD)
-    tl.store(lse + (i_b * Q + o_q) * H + i_h, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_i)
+    tl.store(lse + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_i)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -176,7 +183,6 @@ def look_ahead_bwd_kernel_dq(
     Q,
     T,
     low,
-    R,
     future_row,
     H,
     D: tl.constexpr,
@@ -192,23 +198,18 @@ def look_ahead_bwd_kernel_dq(
     ahead, i0, end, r0, j0, j1 = _block(i_p, K, Q, T, low, future_row, BT)
     if HAS_START:
         j0 = tl.where(ahead, j0, tl.load(start + i_b))
-    o_i = i0 + tl.arange(0, BT)
-    m_i = o_i < end
-    o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-    b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
-    p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
-    b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
-    b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
+    o_i, m_i, o_row, b_qu, b_qv = _queries(q, bias, i_b, i_h, i0, end, ahead, K, Q, H, D, BT, BD)
+    b_qu, b_qv = b_qu.to(DOT), b_qv.to(DOT)
+    base_q = i_b * Q * H * D + i_h * D
     b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD)
     b_mean = tl.sum(b_do.to(tl.float32) * _load(out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32), 1)
-    o_row = (i_b * Q + o_q) * H + i_h
     b_mean -= tl.load(d_lse + o_row, mask=m_i, other=0.0)
     tl.store(mean + o_row, b_mean, mask=m_i)
-    b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * LOG2_E
     b_do = b_do.to(DOT)
     scale: tl.constexpr = D**-0.5
     p_kv, p_table = kv + i_b * K * 2 * H * D + i_h * D, table + i_h * D
-    b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, R, H, D, BT, BD).to(DOT)
+    b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, K, Q - T, H, D, BT, BD).to(DOT)
     b_low = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
     b_dqu, b_dqv = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
     # What the tile before left for the half of the band that it shares with this one.
@@ -217,20 +218,22 @@ def look_ahead_bwd_kernel_dq(
         o_j = j + tl.arange(0, BT)
         m_j = o_j < j1
         b_k = _load(p_kv, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
-        b_next = _distances(p_table, ahead, r0, j - i0 + 1, R, H, D, BT, BD).to(DOT)
+        b_next = _distances(p_table, ahead, r0, j - i0 + 1, K, Q - T, H, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qv, tl.trans(b_next), input_precision=PRECISION)
         b_score = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION) + _to_keys(b_low, b_high, BT)
         b_low = b_high
-        b_weight = tl.exp2(b_score * (scale * 1.4426950408889634) - b_lse[:, None])
-        b_weight = tl.where(_sees(ahead, o_i, o_j, m_i, m_j), b_weight, 0.0)
+        b_weight = tl.exp2(b_score * (scale * LOG2_E) - b_lse[:, None])
         b_v = _load(p_kv + H * D, j, m_j, 2 * H * D, D, BT, BD).to(DOT)
         b_dweight = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
+        # Both factors behind the mask: what nothing sees may be of any value. Times the scale at the end, once.
+        m_see = _sees(ahead, o_i, o_j, m_i, m_j)
+        b_dscore = tl.where(m_see, b_weight * (b_dweight - b_mean[:, None]), 0.0)
         b_dqu += tl.dot(b_dscore.to(DOT), b_k, input_precision=PRECISION)
         b_dlow, b_dhigh = _to_distances(b_dscore, BT)
         b_dqv += tl.dot((b_left + b_dlow).to(DOT), b_r, input_precision=PRECISION)
         b_left, b_r = b_dhigh, b_next
     b_dqv += tl.dot(b_left.to(DOT), b_r, input_precision=PRECISION)
+    b_dqu, b_dqv = b_dqu * scale, b_dqv * scale
     _store(dq + base_q, i0 - (K - Q), m_i, H * D, b_dqu + b_dqv, D, BT, BD)
     o_d = tl.arange(0, BD)
     p_dbias = d_bias + ((i_p * B + i_b) * 2 * H + i_h) * D + o_d
@@ -254,7 +257,6 @@ def look_ahead_bwd_kernel_dkv(
     Q,
     T,
     low,
-    R,
     future_row,
     H,
     D: tl.constexpr,
@@ -286,35 +288,30 @@ def look_ahead_bwd_kernel_dkv(
     for n in range(n_ahead + n_past):
         i_p = tl.where(n < n_ahead, n, n - n_ahead + tl.cdiv(memory, BT) + skipped)
         ahead, i0, end, r0, _, _ = _block(i_p, K, Q, T, low, future_row, BT)
-        o_i = i0 + tl.arange(0, BT)
-        m_i = o_i < end
-        o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-        b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
-        p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
-        b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
-        b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
-        b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, R, H, D, BT, BD).to(DOT)
+        o_i, m_i, o_row, b_qu, b_qv = _queries(q, bias, i_b, i_h, i0, end, ahead, K, Q, H, D, BT, BD)
+        b_qu, b_qv = b_qu.to(DOT), b_qv.to(DOT)
+        base_q = i_b * Q * H * D + i_h * D
+        b_r = _distances(p_table, ahead, r0, j0 - i0 - BT + 1, K, Q - T, H, D, BT, BD).to(DOT)
         b_low = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
-        b_r = _distances(p_table, ahead, r0, j0 - i0 + 1, R, H, D, BT, BD).to(DOT)
+        b_r = _distances(p_table, ahead, r0, j0 - i0 + 1, K, Q - T, H, D, BT, BD).to(DOT)
         b_high = tl.dot(b_qv, tl.trans(b_r), input_precision=PRECISION)
         b_score = tl.dot(b_qu, tl.trans(b_k), input_precision=PRECISION) + _to_keys(b_low, b_high, BT)
-        o_row = (i_b * Q + o_q) * H + i_h
-        b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * 1.4426950408889634
-        b_weight = tl.exp2(b_score * (scale * 1.4426950408889634) - b_lse[:, None])
+        b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * LOG2_E
+        b_weight = tl.exp2(b_score * (scale * LOG2_E) - b_lse[:, None])
         m_see = _sees(ahead, o_i, o_j, m_i, tl.where(ahead, m_ahead, m_past))
         b_weight = tl.where(m_see, b_weight, 0.0)
         b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(DOT)
         b_dv += tl.dot(tl.trans(b_weight.to(DOT)), b_do, input_precision=PRECISION)
         b_mean = tl.load(mean + o_row, mask=m_i, other=0.0)
         b_dweight = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
+        b_dscore = tl.where(m_see, b_weight * (b_dweight - b_mean[:, None]), 0.0)
         b_dk += tl.dot(tl.trans(b_dscore.to(DOT)), b_qu, input_precision=PRECISION)
     p_dkv = dkv + i_b * K * 2 * H * D + i_h * D
-    _store(p_dkv, j0, m_j, 2 * H * D, b_dk, D, BT, BD)
+    _store(p_dkv, j0, m_j, 2 * H * D, b_dk * scale, D, BT, BD)
     _store(p_dkv + H * D, j0, m_j, 2 * H * D, b_dv, D, BT, BD)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "splits"])
+@triton.jit(do_not_specialize=[*SIZES, "R", "splits"])
 def look_ahead_bwd_kernel_dtable(
     q,  # [B, Q, H, D]
     kv,  # [B, K, 2, H, D]
@@ -330,8 +327,8 @@ def look_ahead_bwd_kernel_dtable(
     Q,
     T,
     low,
-    R,
     future_row,
+    R,
     splits,
     H,
     D: tl.constexpr,
@@ -366,18 +363,14 @@ def look_ahead_bwd_kernel_dtable(
         i_b, i_n = i_s + n // n_rows * splits, n % n_rows
         i_p = tl.where(i_n < n_ahead, first + i_n, i_n - n_ahead + tl.cdiv(memory, BT) + skipped)
         ahead, i0, end, _, _, _ = _block(i_p, K, Q, T, low, future_row, BT)
-        o_i = i0 + tl.arange(0, BT)
-        m_i = o_i < end
-        o_q, base_q = o_i - (K - Q), i_b * Q * H * D + i_h * D
-        b_q = _load(q + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
-        p_bias = bias + tl.where(ahead, 2, 0) * H * D + i_h * D
-        b_qu = (b_q + _vector(p_bias, D, BD)).to(DOT)
-        b_qv = (b_q + _vector(p_bias + H * D, D, BD)).to(DOT)
+        o_i, m_i, o_row, b_qu, b_qv = _queries(q, bias, i_b, i_h, i0, end, ahead, K, Q, H, D, BT, BD)
+        b_qu, b_qv = b_qu.to(DOT), b_qv.to(DOT)
+        base_q = i_b * Q * H * D + i_h * D
         # The pair at distance a has key j0 + y, where y = i ± a is one of two tiles' and below i in the second.
         j0 = tl.where(ahead, i0 + a0, i0 - a0 - BT + 1)
         p_kv = kv + i_b * K * 2 * H * D + i_h * D
-        o_j, o_j2 = j0 + o_x, j0 + BT + o_x
-        m_j, m_j2 = (o_j >= 0) & (o_j < K), (o_j2 >= 0) & (o_j2 < K)
+        o_j = j0 + o_x
+        m_j, m_j2 = (o_j >= 0) & (o_j < K), (o_j >= -BT) & (o_j < K - BT)
         m_first = o_x[None, :] >= o_x[:, None]
         turn = tl.where(ahead, o_x[:, None] + o_x[None, :], o_x[:, None] - o_x[None, :] - 1) & (BT - 1)
         b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(DOT)
@@ -392,16 +385,13 @@ def look_ahead_bwd_kernel_dtable(
         b_v = _load(p_kv + H * D, j0 + BT, m_j2, 2 * H * D, D, BT, BD).to(DOT)
         b_high = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_dweight = tl.gather(tl.where(m_first, b_low, b_high), turn, 1)
-        o_row = (i_b * Q + o_q) * H + i_h
-        b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * 1.4426950408889634
+        b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * LOG2_E
         b_mean = tl.load(mean + o_row, mask=m_i, other=0.0)
         key = o_i[:, None] + tl.where(ahead, o_a, -o_a)[None, :]
-        least = 0
-        if HAS_START:
-            least = tl.load(start + i_b)
+        least = tl.load(start + i_b) if HAS_START else 0
         m_see = tl.where(ahead, (key >= low) & (key <= memory) & (o_a > 0)[None, :], key >= least)
-        b_weight = tl.exp2(b_score * (scale * 1.4426950408889634) - b_lse[:, None])
-        b_weight = tl.where(m_see & m_i[:, None] & m_a[None, :], b_weight, 0.0)
-        b_dscore = b_weight * (b_dweight - b_mean[:, None]) * scale
+        b_weight = tl.exp2(b_score * (scale * LOG2_E) - b_lse[:, None])
+        m_see = m_see & m_i[:, None] & m_a[None, :]
+        b_dscore = tl.where(m_see, b_weight * (b_dweight - b_mean[:, None]), 0.0)
         b_dr += tl.dot(tl.trans(b_dscore.to(DOT)), b_qv, input_precision=PRECISION)
-    _store(d_table + i_s * R * H * D + i_h * D, r0 + a0, m_a, H * D, b_dr, D, BT, BD)
+    _store(d_table + i_s * R * H * D + i_h * D, r0 + a0, m_a, H * D, b_dr * scale, D, BT, BD)
