@@ -22,7 +22,7 @@ RUNS = 5
 
 
 class Reach(NamedTuple):
-    """Streams, T, M, W, heads and their size; whether the memory has a table of its own, and streams begin late."""
+    """Streams, T, M, W, heads, their size; whether the memory has its table, streams begin late, tokens ask alone."""
 
     batch: int
     tokens: int
@@ -32,6 +32,12 @@ class Reach(NamedTuple):
     size: int
     own_table: bool = False
     late: bool = False
+    alone: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of q: where the tokens are ``alone``, the memory does not ask."""
+        return self.tokens + self.memory * (not self.alone)
 
     @property
     def arguments(self) -> tuple[int, int, int]:
@@ -48,6 +54,7 @@ SHAPES = [
     Reach(1, 77, 200, 77, 2, 128),
     Reach(4, 1, 257, 1, 2, 64),
     Reach(2, 130, 0, 130, 2, 64),
+    Reach(2, 100, 170, 100, 2, 64, late=True, alone=True),
 ]
 QUICK_SHAPES = [Reach(2, 6, 9, 6, 2, 5, own_table=True, late=True)]
 
@@ -58,10 +65,10 @@ def inputs(
     """q, kv, bias, table; the memory's earlier result and the streams' starts; gradients."""
     batch, memory, keys = shape.batch, shape.memory, shape.tokens + shape.memory
     table = keys + shape.own_table * (memory + 1)
-    sizes = (batch, keys), (batch, keys, 2), (4,), (table,), (batch, memory), (batch, keys)
+    sizes = (batch, shape.rows), (batch, keys, 2), (4,), (table,), (batch, memory), (batch, shape.rows)
     made = [torch.randn(*size, shape.heads, shape.size, device=device).to(dtype) for size in sizes]
-    lse, grad_lse = (torch.randn(batch, n, shape.heads, device=device) for n in (memory, keys))
-    seeds = (made[4], lse) if memory else (None, None)
+    lse, grad_lse = (torch.randn(batch, n, shape.heads, device=device) for n in (memory, shape.rows))
+    seeds = (made[4], lse) if memory and not shape.alone else (None, None)
     start = torch.arange(batch, device=device) * memory // batch if shape.late else None
     return made[:4], (*seeds, start), (made[5], grad_lse)
 
@@ -117,7 +124,7 @@ def check_model(attn_type: int, dtype: torch.dtype, settings: Settings) -> Itera
         x, cotangent = (torch.randn(2, length, size, device=device).to(dtype) for _ in range(2))
         found = []
         for index, model in enumerate(models):
-            given = x.to(cotangent.dtype if index == 0 else torch.float64).requires_grad_()
+            given = x.detach().clone().to(torch.float64 if index else dtype).requires_grad_()
             y, states[index] = model(given, states[index])
             grads = torch.autograd.grad(
                 y, [given, *model.parameters()], cotangent.to(y.dtype), materialize_grads=True

@@ -74,11 +74,12 @@ class _Operands:
         self.first_row = kv.shape[1] - q.shape[1]
         self.batch, self.heads, self.scale = q.shape[0], q.shape[2], q.shape[3] ** -0.5
         self.q, self.bias = self.by_head(q), bias.to(self.dtype)[:, :, None, None]
+        self.k, self.v = (self.by_head(part).flatten(0, 1).contiguous() for part in kv.unbind(2))
+        self._seen = self.k, self.v
         if start is not None:
             # What no token sees may be of any value, and a weight of zero does not silence a NaN.
-            gone = torch.arange(kv.shape[1], device=kv.device) < start[:, None]
-            kv = kv.masked_fill(gone[:, :, None, None, None], 0)
-        self.k, self.v = (self.by_head(part).flatten(0, 1).contiguous() for part in kv.unbind(2))
+            gone = (torch.arange(kv.shape[1], device=kv.device) < start[:, None]).repeat(self.heads, 1)[..., None]
+            self._seen = self.k.masked_fill(gone, 0), self.v.masked_fill(gone, 0)
         self.future = table[future_row:].transpose(0, 1).to(self.dtype)
         # Distances fall as keys rise.
         self.past = table[: kv.shape[1]].flip(0).transpose(0, 1).to(self.dtype)
@@ -103,11 +104,18 @@ class _Operands:
     def table(self, block: _Block) -> Tensor:
         return (self.future if block.looks_ahead else self.past)[:, self.distances(block)]
 
+    def keys(self, block: _Block) -> Tensor:
+        """``[H·B, n, D]``, as `values`."""
+        return (self.k if block.looks_ahead else self._seen[0])[:, block.j0 : block.j1]
+
+    def values(self, block: _Block) -> Tensor:
+        return (self.v if block.looks_ahead else self._seen[1])[:, block.j0 : block.j1]
+
     def scores(self, block: _Block, content: Tensor, position: Tensor) -> Tensor:
         """``[H·B, b, n]``, -inf where a query does not see a key."""
         band = torch.matmul(position, self.table(block).transpose(1, 2))
         by_distance = _pairs(band.view(content.shape[0], content.shape[1], band.shape[2]), block)
-        score = torch.baddbmm(by_distance, content, self.k[:, block.j0 : block.j1].transpose(1, 2))
+        score = torch.baddbmm(by_distance, content, self.keys(block).transpose(1, 2))
         i = torch.arange(block.i0, block.i1, device=score.device)[:, None]
         if block.looks_ahead:
             hidden = min(block.i1, block.j1) - block.j0
@@ -173,10 +181,9 @@ def attend(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     total = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
     for some in _streams(q, kv):
-        seeds = (None, None) if output is None or lse is None else (output[some], lse[some])
-        begin = None if start is None else start[some]
+        begin, seed, seed_lse = (None if x is None else x[some] for x in (start, output, lse))
         operands = _Operands(q[some], kv[some], bias, table, begin, future_row)
-        _attend(operands, *seeds, _blocks(q[some], kv[some], tokens, window), out[some], total[some])
+        _attend(operands, seed, seed_lse, _blocks(q[some], kv[some], tokens, window), out[some], total[some])
     return out, total
 
 
@@ -199,7 +206,7 @@ def _attend(
             top = torch.maximum(top, seed)
         weight = (score - top).exp_()
         size = weight.sum(-1, keepdim=True)
-        mixed = torch.bmm(weight, operands.v[:, block.j0 : block.j1])
+        mixed = torch.bmm(weight, operands.values(block))
         if seed is not None and output is not None:
             share = (seed - top).exp()
             size = size + share
@@ -265,9 +272,9 @@ def _backward(
         by_row = [x[:, rows].permute(2, 0, 1).flatten(0, 1)[..., None] for x in (lse, mean)]
         weight = o.scores(block, content, position).sub_(by_row[0]).exp_()
         grad_v[:, keys].baddbmm_(weight.transpose(1, 2), grad)
-        grad_score = torch.bmm(grad, o.v[:, keys].transpose(1, 2)).sub_(by_row[1]).mul_(weight)
+        grad_score = torch.bmm(grad, o.values(block).transpose(1, 2)).sub_(by_row[1]).mul_(weight)
         grad_k[:, keys].baddbmm_(grad_score.transpose(1, 2), content)
-        to_content = torch.bmm(grad_score, o.k[:, keys]) * o.scale
+        to_content = torch.bmm(grad_score, o.keys(block)) * o.scale
         band = _band(grad_score, block)
         band = band.view(o.heads, position.shape[1], band.shape[2])
         tables[block.looks_ahead][:, o.distances(block)].baddbmm_(band.transpose(1, 2), position)

@@ -109,30 +109,44 @@ def test_every_configuration_gives_the_same():
 
 
 def test_any_strides():
-    operands, seeds, reach, grads = inputs("equal", torch.float32)
+    operands, seeds, reach, grads = inputs("late starts", torch.float32)
     expected = kernels.attend(*operands, *seeds, *reach)
     strided = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in operands]
-    got = kernels.attend(*strided, *seeds, *reach)
+    start = torch.stack([reach[0], reach[0] + 5], 1)[:, 0]
+    assert not start.is_contiguous()
+    got = kernels.attend(*strided, *seeds, start, *reach[1:])
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
     ones = torch.ones((), device=DEVICE).expand_as(grads[0]), torch.ones((), device=DEVICE).expand_as(grads[1])
-    gradients = kernels.attend_backward(*ones, *strided, *got, *reach)
+    gradients = kernels.attend_backward(*ones, *strided, *got, start, *reach[1:])
     plain = kernels.attend_backward(*(one.contiguous() for one in ones), *operands, *expected, *reach)
     assert all(torch.equal(g, e) for g, e in zip(gradients, plain, strict=True))
 
 
-def test_what_lies_behind_the_operands_reaches_nothing():
-    """NaN before the start of a stream, which the segment does not see, and no row of it has a gradient."""
-    operands, seeds, reach, grads = inputs("looks back, late starts", torch.float32)
-    q, kv, bias, table = operands
-    start = reach[0]
-    gone = torch.arange(kv.shape[1], device=DEVICE)[None] < start[:, None]
-    zeroed = kv.masked_fill(gone[:, :, None, None, None], 0.0)
-    moved = kv.masked_fill(gone[:, :, None, None, None], 1e4)
-    first = kernels.attend(q, zeroed, bias, table, *seeds, *reach)
-    again = kernels.attend(q, moved, bias, table, *seeds, *reach)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    d_kv = kernels.attend_backward(*grads, q, moved, bias, table, *again, *reach)[1]
+def test_what_no_pair_sees_reaches_nothing():
+    """NaN in keys before a stream's start, and in rows of the table for distances that no pair has."""
+    (q, kv, bias, table), seeds, reach, grads = inputs("looks back, late starts", torch.float32)
+    gone = torch.arange(kv.shape[1], device=DEVICE)[None] < reach[0][:, None]
+    results = []
+    for value in (0.0, float("nan")):
+        hidden = kv.masked_fill(gone[:, :, None, None, None], value)
+        longer = torch.cat([table, torch.full_like(table[:7], value)])
+        found = kernels.attend(q, hidden, bias, longer, *seeds, *reach)
+        results.append([*found, *kernels.attend_backward(*grads, q, hidden, bias, longer, *found, *reach)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    d_kv = results[1][3]
     assert not d_kv[gone].any() and d_kv[~gone].any()
+
+
+def test_rows_between_two_tables_reach_nothing():
+    (q, kv, bias, table), seeds, (start, tokens, window, future_row), grads = inputs("own table", torch.float32)
+    results = []
+    for value in (0.0, float("nan")):
+        # A gap of three rows, and the row of distance 0, which no pair ahead has.
+        spaced = torch.cat([table[:future_row], torch.full_like(table[:4], value), table[future_row + 1 :]])
+        reach = start, tokens, window, future_row + 3
+        found = kernels.attend(q, kv, bias, spaced, *seeds, *reach)
+        results.append([*found, *kernels.attend_backward(*grads, q, kv, bias, spaced, *found, *reach)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_scores_of_ten_thousand_stay_finite():
