@@ -32,9 +32,9 @@ lint: $(READY) ## ruff and mypy
 demo: $(READY) ## train a small language model on Python's own sources
 	$(BIN)/python -m bench.train_lm --preset demo --data stdlib --out runs/demo
 
-bench: $(READY) ## every measurement in its quick form, and what can run here
+bench: $(READY) ## the quick form of the runs that compare speed and memory, and what can run here
 	$(BIN)/python -m bench list
-	for run in kernels decode scaling memory; do $(BIN)/python -m bench $$run --quick || exit; done
+	for run in kernels decode scaling memory lamemo; do $(BIN)/python -m bench $$run --quick || exit; done
 
 cuda-build: ## compile the CUDA half for all architectures, without a GPU (about 5 GB of packages)
 	@test -x .venv-cuda/bin/ninja || { $(PYTHON) -m venv .venv-cuda && \

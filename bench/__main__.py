@@ -19,13 +19,12 @@ from lmn_kernels import BackendError
 
 from . import report
 from .errors import InputError, RunError
-from .problems import OPERATIONS, Problem
-from .providers import REGISTRY
+from .providers import PROBLEMS, REGISTRY
 from .runner import Context, Run, execute
-from .shapes import Shape
 
 RUNS = (
     "kernels", "decode", "scaling", "memory", "paper-table1", "paper-fig9", "paper-fig10", "recall", "agreement",
+    "lamemo", "lamemo-training",
 )  # fmt: skip
 RESULTS, QUICK_RESULTS, SCRATCH = Path("bench/results"), Path("runs/bench/quick"), Path("runs/bench")
 _GENERAL = ("run", "quick", "device", "results", "scratch", "fresh", "dtype", "backend")
@@ -119,13 +118,14 @@ def providers(device: torch.device) -> str:
     """A line for every operation and provider."""
     lines = []
     dtype, backend = (torch.bfloat16, "triton") if device.type == "cuda" else (torch.float32, "reference")
-    for operation in OPERATIONS:
-        problem = Problem(operation, Shape("", 1, 16, 128, 2, 1), dtype, device, "reference")
+    for operation, found in REGISTRY.items():
+        kind = PROBLEMS[operation]
+        problem = kind(operation, kind.example, dtype, device, "reference")
         problem.backend = backend
-        for name, provider in REGISTRY[operation].items():
+        for name, provider in found.items():
             reason, training = provider.missing(problem), provider.no_training(problem)
             said = reason or (f"forward only: {training}" if training else "here")
-            lines.append(f"{operation:12} {name:24} {said}")
+            lines.append(f"{operation:20} {name:24} {said}")
     return "\n".join(lines)
 
 

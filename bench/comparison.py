@@ -16,10 +16,11 @@ from . import timing
 from .footprint import footprint
 from .gate import FORWARD, TRAINING, Expected, direction_work, gradient_error, tolerance, value_error
 from .journal import Row
-from .problems import Problem
-from .providers import OURS, REGISTRY, Provider
+from .problems import BaseProblem
+from .provider import OURS, Provider
+from .providers import PROBLEMS, REGISTRY
 from .runner import Ceilings
-from .shapes import DIRECTIONS, STAGES, Shape, floor_ms
+from .shapes import DIRECTIONS, Size
 from .timing import Clock, Work, free_bytes, pair_ratio, spread, take_turns
 
 # Gradients are compared with an oracle's on so many tokens and such a length at most; longer sequences are cut for it.
@@ -27,7 +28,6 @@ from .timing import Clock, Work, free_bytes, pair_ratio, spread, take_turns
 CHECKED_TOKENS, CHECKED_LENGTH, CUT = 1 << 14, 1 << 12, 1 << 10
 # A prediction of time is never for more than so many times the length that was tried.
 LEAP = 4
-_STAGE = {"tree": ("tree",), "projections": ("project",), "attention": ("attend",), "layer": STAGES}
 # Of contenders at lengths below the one that is asked for.
 _SECONDS: dict[tuple[Any, ...], float] = {}
 
@@ -59,7 +59,7 @@ class Comparison:
     """
 
     operation: str
-    shape: Shape
+    shape: Size
     dtype: torch.dtype
     device: torch.device
     names: Sequence[str]
@@ -74,8 +74,8 @@ class Comparison:
     def providers(self) -> list[Provider]:
         return [REGISTRY[self.operation][name] for name in self.names]
 
-    def problem(self) -> Problem:
-        return Problem(self.operation, self.shape, self.dtype, self.device, self.backend)
+    def problem(self) -> BaseProblem:
+        return PROBLEMS[self.operation](self.operation, self.shape, self.dtype, self.device, self.backend)
 
     def check(self) -> None:
         """Find out who can run, and who is right; warms everybody up."""
@@ -92,7 +92,7 @@ class Comparison:
                 timing.release(self.device)
 
     def _attempt(
-        self, provider: Provider, direction: str, whole: Problem, cut: Problem, expected: Expected
+        self, provider: Provider, direction: str, whole: BaseProblem, cut: BaseProblem, expected: Expected
     ) -> str | None:
         """Why a provider has no figure in a direction, or None."""
 
@@ -178,18 +178,14 @@ class Comparison:
         return found
 
     def _head(self, provider: Provider, direction: str) -> Row:
-        shape = self.shape
         return {
             "provider": provider.name,
             "operation": self.operation,
-            "shape": {
-                "name": shape.name, "batch": shape.batch, "length": shape.length,
-                "embedding": shape.embedding, "heads": shape.heads, "bank": shape.bank,
-            },
+            "shape": self.shape.row(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "direction": direction,
             **({"backend": self.backend} if provider.name.startswith(OURS) else {}),
-        }  # fmt: skip
+        }
 
     def _checked(self, provider: Provider, direction: str) -> Row:
         found = self._errors[provider.name, direction]
@@ -219,9 +215,8 @@ class Comparison:
     def _floor(self, direction: str, ceilings: Ceilings) -> float:
         """Milliseconds at the measured ceilings, every stage at its own."""
         ways = DIRECTIONS if direction == TRAINING else DIRECTIONS[:1]
-        rate, bandwidth, size = ceilings.matrix_flops, ceilings.copy_bytes, self.dtype.itemsize
-        stages = [(stage, way) for stage in _STAGE[self.operation] for way in ways]
-        return sum(floor_ms(self.shape, stage, way, rate, bandwidth, size) for stage, way in stages)
+        rate, bandwidth = ceilings.matrix_flops, ceilings.copy_bytes
+        return self.shape.least_ms(self.operation, ways, rate, bandwidth, self.dtype.itemsize)
 
     def memory(self) -> list[Row]:
         """Peak and saved bytes of every provider and direction; `check` comes first."""

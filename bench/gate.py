@@ -9,14 +9,14 @@ from torch import Tensor
 
 from tests.close import TOLERANCE, assert_same_gradients, error
 
-from .problems import Form, Outputs, Problem
-from .providers import Provider
+from .problems import BaseProblem, Form, Outputs
+from .provider import Provider
 from .timing import Work
 
 FORWARD, TRAINING = "forward", "training"
 
 # A layer's stages each round; what is one operation gets one allowance.
-STAGES_OF_ROUNDING = {"layer": 3}
+STAGES_OF_ROUNDING = {"layer": 3, "look-ahead layer": 3}
 # One position may be worse than all together, by no more than this; a wrong one is off by about its own size.
 WORST_POSITION = 4
 # Of longer sequences so many positions are compared, and of a loop over tokens the first ones.
@@ -32,26 +32,31 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def real(problem: Problem, provider: Provider, outputs: Outputs) -> tuple[Tensor, ...]:
-    """What of a result means something: a tree's matrix has a bound of rows, not all of them nodes."""
+def real(problem: BaseProblem, provider: Provider, outputs: Outputs) -> tuple[Tensor, ...]:
+    """What of a result means something."""
     if provider.nodes:
-        return tuple(y[:, : problem.layout.unused_base] for y in as_tuple(outputs))
+        return tuple(y[:, : provider.nodes(problem)] for y in as_tuple(outputs))
     return as_tuple(outputs)
 
 
-def cotangents(outputs: Outputs, problem: Problem, provider: Provider) -> list[Tensor]:
+def differentiable(outputs: Outputs) -> tuple[Tensor, ...]:
+    """What of a result goes on to a loss; the rest is kept for what comes later."""
+    return tuple(y for y in as_tuple(outputs) if y.requires_grad)
+
+
+def cotangents(outputs: Outputs, problem: BaseProblem, provider: Provider) -> list[Tensor]:
     """Random, the same for equal shapes, and zero where a result means nothing."""
     made = []
-    for y in as_tuple(outputs):
+    for y in differentiable(outputs):
         generator = torch.Generator(y.device).manual_seed(1)
         cotangent = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
         if provider.nodes:
-            cotangent[:, problem.layout.unused_base :] = 0
+            cotangent[:, provider.nodes(problem) :] = 0
         made.append(cotangent)
     return made
 
 
-def direction_work(form: Form, direction: str, problem: Problem, provider: Provider) -> Work:
+def direction_work(form: Form, direction: str, problem: BaseProblem, provider: Provider) -> Work:
     """What is timed: the call without a graph, or the call and its backward pass."""
     if direction == FORWARD:
 
@@ -68,7 +73,7 @@ def direction_work(form: Form, direction: str, problem: Problem, provider: Provi
         outputs = form.call()
         if not kept:
             kept.extend(cotangents(outputs, problem, provider))
-        return torch.autograd.grad(as_tuple(outputs), leaves, kept)
+        return torch.autograd.grad(differentiable(outputs), leaves, kept)
 
     return training
 
@@ -79,7 +84,7 @@ class Expected:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, int], Outputs] = {}
 
-    def __call__(self, provider: Provider, problem: Problem, positions: Tensor | None) -> Outputs:
+    def __call__(self, provider: Provider, problem: BaseProblem, positions: Tensor | None) -> Outputs:
         key = provider.oracle, problem.shape.length
         if key not in self._known:
             with torch.no_grad():
@@ -87,7 +92,7 @@ class Expected:
         return self._known[key]
 
 
-def checked_positions(provider: Provider, problem: Problem) -> Tensor | None:
+def checked_positions(provider: Provider, problem: BaseProblem) -> Tensor | None:
     """Which positions of a long sequence are compared; None for all."""
     length = problem.shape.length
     if not provider.by_position or length <= FIRST:
@@ -97,7 +102,7 @@ def checked_positions(provider: Provider, problem: Problem) -> Tensor | None:
     return chosen.long().unique().to(problem.device)
 
 
-def value_error(provider: Provider, form: Form, problem: Problem, expected: Expected) -> float:
+def value_error(provider: Provider, form: Form, problem: BaseProblem, expected: Expected) -> float:
     """The error of a result.
 
     Raises:
@@ -112,10 +117,11 @@ def value_error(provider: Provider, form: Form, problem: Problem, expected: Expe
     return _values(problem, got, wanted)
 
 
-def _values(problem: Problem, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+def _values(problem: BaseProblem, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
     limit, worst = tolerance(problem.operation, problem.dtype, FORWARD), 0.0
-    for y, z in zip(got, wanted, strict=True):
-        assert y.dtype == problem.dtype, f"expected a result in {problem.dtype}, got {y.dtype}"
+    for index, (y, z) in enumerate(zip(got, wanted, strict=True)):
+        dtype = problem.result_dtype(index)
+        assert y.dtype == dtype, f"expected a result in {dtype}, got {y.dtype}"
         assert y.shape == z.shape, f"expected shape {tuple(z.shape)}, got {tuple(y.shape)}"
         found = error(y, z)
         # Not "over": a NaN is not over anything.
@@ -127,7 +133,7 @@ def _values(problem: Problem, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...
     return worst
 
 
-def gradient_error(provider: Provider, form: Form, problem: Problem) -> float:
+def gradient_error(provider: Provider, form: Form, problem: BaseProblem) -> float:
     """The largest error of a gradient; the result that it belongs to is compared, too.
 
     Raises:
@@ -135,13 +141,13 @@ def gradient_error(provider: Provider, form: Form, problem: Problem) -> float:
     """
     outputs = form.call()
     up = cotangents(outputs, problem, provider)
-    got = torch.autograd.grad(as_tuple(outputs), list(form.leaves.values()), up)
+    got = torch.autograd.grad(differentiable(outputs), list(form.leaves.values()), up)
     twin = problem.exact()
     leaves = provider.build(twin).leaves
     right = provider.oracle(twin, None)
     _values(problem, real(problem, provider, outputs), real(problem, provider, right))
     expected = torch.autograd.grad(
-        as_tuple(right), list(leaves.values()), [cotangent.double() for cotangent in up], materialize_grads=True
+        differentiable(right), list(leaves.values()), [cotangent.double() for cotangent in up], materialize_grads=True
     )
     names, limit = list(form.leaves), tolerance(problem.operation, problem.dtype, TRAINING)
     assert_same_gradients(names, list(got), list(expected), limit)

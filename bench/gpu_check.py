@@ -56,6 +56,7 @@ ALL = [
     Stage("kernels", "stages of a layer one by one", "timing", 60, gpu_timings.kernels),
     Stage("time_layers", "layers against the materialising form, with memory", "timing", 70, gpu_timings.layers),
     Stage("attention", "layers against causal attention, flash and cuDNN", "timing", 70, gpu_timings.attention),
+    Stage("time_look_ahead", "LaMemo against the literal form", "timing", 60, gpu_look_ahead.time_look_ahead),
     Stage("time_decode", "a token against attention over a KV cache", "timing", 100, gpu_decode_timings.time_decode),
     Stage("small", "shape P, eager and as CUDA graphs", "timing", 40, gpu_timings.small),
     Stage("scaling", "8k to 1M tokens", "timing", 40, gpu_timings.scaling),
@@ -126,7 +127,7 @@ class Check:
             self.outcomes.append(outcome)
             write_file(self.path, (json.dumps(self.record(), indent=1, allow_nan=False) + "\n").encode())
             note = f": {_short(outcome.message, 300)}" if outcome.message else ""
-            print(f"{stage.name:12} {outcome.status:12} {outcome.seconds:6.1f} s{note}", flush=True)
+            print(f"{stage.name:15} {outcome.status:12} {outcome.seconds:6.1f} s{note}", flush=True)
 
     def _run(self, stage: Stage) -> Outcome:
         left = self.budget - (time.monotonic() - self.start)

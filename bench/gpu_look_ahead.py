@@ -14,9 +14,16 @@ from lmn_kernels import LookAheadMemory
 from python_ref import look_ahead as reference
 from tests.close import TOLERANCE, assert_close, assert_same_gradients, error
 
+from . import gpu_timings as timings
+from .comparison import Comparison, Limits
+from .gate import FORWARD, TRAINING
 from .gpu_configs import DTYPES, triton_or_skip
 from .gpu_correctness import filled
 from .gpu_stage import Report, Settings, case
+from .look_ahead import OPERATIONS, LookAheadShape
+from .providers import REGISTRY
+from .runs.lamemo import GPU_SHAPES
+from .runs.lamemo import QUICK_SHAPES as QUICK_TIMED
 
 RUNS = 5
 
@@ -166,3 +173,25 @@ def small_segments(settings: Settings) -> None:
         for dtype in (torch.bfloat16, torch.float32) if shape.size <= 64 else (torch.bfloat16,):
             for _ in check_kernels(shape, dtype, settings):
                 pass
+
+
+def time_look_ahead(settings: Settings, report: Report) -> None:
+    """Stage: attention and layer of LaMemo against the literal form, with memory, and the share of the fused floor."""
+    device = settings.torch_device
+
+    def one(operation: str, shape: LookAheadShape) -> None:
+        names = [name for name in REGISTRY[operation] if "compiled" not in name]
+        limits = Limits(seconds=20, budget=settings.turn_seconds)
+        ways = (FORWARD, TRAINING)
+        comparison = Comparison(
+            operation, shape, timings.DTYPE, device, names, ways, limits, settings.quick, settings.backend
+        )
+        comparison.check()
+        for timed, held in zip(comparison.time(), comparison.memory(), strict=True):
+            key = f"{operation}/{timed['direction']}/{timed['provider']}/{shape.name}"
+            value = {"value": timed["median"], "unit": "ms"} if "median" in timed else {}
+            report({"case": key, "key": key, **value, **held, **timed})
+
+    for shape in QUICK_TIMED if settings.quick else GPU_SHAPES:
+        for operation in OPERATIONS:
+            timings.attempt(report, f"{operation} at {shape.name}", device, one, operation, shape)

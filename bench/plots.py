@@ -309,6 +309,7 @@ FIGURES: dict[str, Draw] = {
     "paper-fig10": paper_fig10,
     "recall": recall,
     "paper-table1": table1,
+    "lamemo-training": table1,
 }
 
 

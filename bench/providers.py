@@ -1,77 +1,39 @@
 """Who can do which operation: our path, other forms of our network, and other networks of the same size.
 
 A provider is built from a `bench.problems.Problem` for time and for memory alike, and has an oracle, in float64 and by
-another route, that its result must agree with before any figure of it counts. What cannot run here says why.
+another route, that its result must agree with before any figure of it counts. What cannot run here says why. LaMemo's
+are in `bench.look_ahead`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from lmn_kernels._backend import why_not
 from lmn_kernels.functional import attend, build_tree
 
+from .look_ahead import OPERATIONS as LOOK_AHEAD
+from .look_ahead import LookAheadProblem
+from .look_ahead import registry as look_ahead_registry
 from .peers import attention as causal
 from .peers import flex, linear_attention, materialized, node_level, recurrent
 from .peers.compiled import compile_whole
-from .problems import Form, Outputs, Problem
+from .problems import OPERATIONS, BaseProblem, Form, Outputs, Problem
+from .provider import OURS, Oracle, Provider, compile_mode, no_compiler, ours_missing, own
 from .shapes import Shape, naive_peak_bytes
 
-OURS = "ours"
 # Tokens of a sequence up to which an oracle may be of the materialising kind.
 ANOTHER_ROUTE = 1 << 12
 
 
-Oracle = Callable[[Problem, Tensor | None], Outputs]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A contender for one operation.
-
-    Attributes:
-        name: as in tables.
-        build: its way of doing the operation.
-        oracle: ``(problem in float64, positions [P] or None for all) → what is expected there``.
-        missing: why it cannot run here, or None.
-        no_training: why it has no backward here, or None.
-        ours: whether it computes what our path does, so that our floor is its floor.
-        by_position: whether its result is ``[B, L, …]``, so that the oracle may be asked for some positions.
-        nodes: whether its result is the matrix of a tree's nodes.
-        token_by_token: whether its oracle is a loop over tokens, and asked for the first of long sequences only.
-        growth: power of L with which its time grows.
-        peak_bytes: a prediction for bfloat16, where it is known to be large.
-    """
-
-    name: str
-    build: Callable[[Problem], Form]
-    oracle: Oracle
-    missing: Callable[[Problem], str | None] = lambda problem: None
-    no_training: Callable[[Problem], str | None] = lambda problem: None
-    ours: bool = True
-    by_position: bool = True
-    nodes: bool = False
-    token_by_token: bool = False
-    growth: float = 1.0
-    peak_bytes: Callable[[Shape], float] | None = None
-
-
 def _at(y: Tensor, positions: Tensor | None) -> Tensor:
     return y if positions is None else y[:, positions]
-
-
-def _own(call: Callable[[Problem], Outputs]) -> Callable[[Problem], Form]:
-    """A form of our own network, on the problem's leaves."""
-    return lambda problem: Form(lambda: call(problem), problem.leaves())
 
 
 def _attention_rows(call: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
@@ -83,6 +45,11 @@ def _attention_rows(call: Callable[[Problem], Tensor]) -> Callable[[Problem], Te
 
 def our_tree(problem: Problem) -> Tensor:
     return build_tree(problem.x.flatten(0, 1), problem.merge, problem.sequences, backend=problem.backend)
+
+
+def _nodes(problem: Problem) -> int:
+    # The matrix has a bound of rows, not all of them nodes.
+    return problem.layout.unused_base
 
 
 def our_projections(problem: Problem) -> Outputs:
@@ -133,14 +100,7 @@ def _compiled_mix(mode: str | None) -> Callable[..., Tensor]:
 
 
 def _compiled_layer(problem: Problem) -> Tensor:
-    mode = "max-autotune-no-cudagraphs" if problem.device.type == "cuda" else None
-    return materialized_layer(problem, _compiled_mix(mode))
-
-
-def _no_compiler(problem: Problem) -> str | None:
-    if problem.device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        return "torch.compile needs a C++ compiler"
-    return None
+    return materialized_layer(problem, _compiled_mix(compile_mode(problem)))
 
 
 def _flex_attention(problem: Problem) -> Form:
@@ -294,15 +254,6 @@ def _fla_missing(problem: Problem) -> str | None:
     return None
 
 
-def _ours_missing(operation: str) -> Callable[[Problem], str | None]:
-    def missing(problem: Problem) -> str | None:
-        if problem.backend in ("auto", "reference"):
-            return None
-        return why_not(problem.backend, operation, problem.device, problem.dtype)
-
-    return missing
-
-
 def _gathered(problem: Problem) -> Tensor:
     return node_level.attention(problem, problem.token_qkv, problem.node_qv)
 
@@ -315,13 +266,13 @@ def _expected_projections(problem: Problem) -> tuple[Tensor, ...]:
 
 
 def _by_another_route(
-    other: Callable[[Problem], Tensor], own: Callable[[Problem, Tensor | None], Tensor]
+    other: Callable[[Problem], Tensor], reference: Callable[[Problem, Tensor | None], Tensor]
 ) -> Callable[[Problem, Tensor | None], Tensor]:
     """Another form as the oracle of ours; where that is too large, our reference in float64."""
 
     def expected(problem: Problem, positions: Tensor | None) -> Tensor:
         if problem.shape.length > ANOTHER_ROUTE:
-            return own(problem, positions)
+            return reference(problem, positions)
         return _at(other(problem), positions)
 
     return expected
@@ -345,13 +296,13 @@ def _registry() -> dict[str, dict[str, Provider]]:
         "layer": _by_another_route(materialized_layer, layer_at),
     }
     tree = [
-        Provider(OURS, _own(our_tree), expected["tree"], _ours_missing("build_tree"), by_position=False, nodes=True),
+        Provider(OURS, own(our_tree), expected["tree"], ours_missing("build_tree"), by_position=False, nodes=_nodes),
         Provider(
-            "node-level", _own(node_level.tree), lambda problem, _: our_tree(problem), by_position=False, nodes=True
+            "node-level", own(node_level.tree), lambda problem, _: our_tree(problem), by_position=False, nodes=_nodes
         ),
         Provider(
             "materialised memory",
-            _own(materialized_memory),
+            own(materialized_memory),
             _expected_memory,
             ours=False,
             growth=1.1,
@@ -359,28 +310,28 @@ def _registry() -> dict[str, dict[str, Provider]]:
         ),
         Provider("one product", _product, _expected_product, ours=False, by_position=False),
     ]
-    projections = [Provider(OURS, _own(our_projections), expected["projections"], by_position=False)]
+    projections = [Provider(OURS, own(our_projections), expected["projections"], by_position=False)]
 
     attention = [
-        Provider(OURS, _own(_attention_rows(our_attention)), expected["attention"], _ours_missing("attend")),
+        Provider(OURS, own(_attention_rows(our_attention)), expected["attention"], ours_missing("attend")),
         Provider(
-            "node-level", _own(_attention_rows(_gathered)), ours["attention"],
+            "node-level", own(_attention_rows(_gathered)), ours["attention"],
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
-        Provider("FlexAttention", _rows_of(_flex_attention), expected["attention"], _no_compiler, _no_flex_backward),
+        Provider("FlexAttention", _rows_of(_flex_attention), expected["attention"], no_compiler, _no_flex_backward),
     ]  # fmt: skip
     layer = [
-        Provider(OURS, _own(our_layer), expected["layer"], _ours_missing("attend")),
-        Provider("ours, lean", _own(_lean_layer), expected["layer"], _ours_missing("attend")),
+        Provider(OURS, own(our_layer), expected["layer"], ours_missing("attend")),
+        Provider("ours, lean", own(_lean_layer), expected["layer"], ours_missing("attend")),
         Provider(
-            "materialised", _own(materialized_layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes
+            "materialised", own(materialized_layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes
         ),
         Provider(
-            "materialised, compiled", _own(_compiled_layer), ours["layer"], _no_compiler,
+            "materialised, compiled", own(_compiled_layer), ours["layer"], no_compiler,
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
-        Provider("node-level", _own(node_level.layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
-        Provider("FlexAttention", _flex_layer, expected["layer"], _no_compiler, _no_flex_backward),
+        Provider("node-level", own(node_level.layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
+        Provider("FlexAttention", _flex_layer, expected["layer"], no_compiler, _no_flex_backward),
     ]  # fmt: skip
     for name, backend in _SDPA.items():
         peak = _math_bytes if backend == SDPBackend.MATH else None
@@ -415,4 +366,8 @@ def _rows_of(build: Callable[[Problem], Form]) -> Callable[[Problem], Form]:
     return rows
 
 
-REGISTRY = _registry()
+REGISTRY = {**_registry(), **look_ahead_registry()}
+# The kind of problem that an operation is.
+PROBLEMS: dict[str, type[BaseProblem]] = {
+    **dict.fromkeys(OPERATIONS, Problem), **dict.fromkeys(LOOK_AHEAD, LookAheadProblem)
+}  # fmt: skip

@@ -16,7 +16,7 @@ from . import plots
 from .checkpoint import write_file
 from .errors import InputError, RunError
 from .journal import Invocation, Row, read
-from .report_chapters import RUNS, Body, decode, kernels_compact, recall_sentence
+from .report_chapters import RUNS, Body, decode, kernels_compact, lamemo_compact, recall_sentence
 from .report_tables import ABSENT, join, losses, number, peak, text
 
 Loaded = dict[str, dict[str, Invocation]]
@@ -159,6 +159,8 @@ def sections(loaded: Loaded, pictures: Pictures, readme: Path) -> dict[str, str]
         "table1": _tables("paper-table1", loaded),
         "recall": join(pictures.show("recall", readme), _tables("recall", loaded, recall_sentence)),
         "agreement": _tables("agreement", loaded),
+        "lamemo": _tables("lamemo", loaded, lamemo_compact),
+        "lamemo-training": join(pictures.show("lamemo-training", readme), _tables("lamemo-training", loaded)),
     }
 
 

@@ -87,10 +87,12 @@ def scaling(rows: Sequence[Row]) -> str:
     return join(_HOW, _timed(timed) if timed else "", table(headers, lines, 2) if lines else "", losses(timed))
 
 
+_MEMORY_HOW = "Peaks (and what is kept for backward); × is a contender's peak over ours, above 1 where ours needs less."
+
+
 def memory(rows: Sequence[Row]) -> str:
-    how = "Peaks (and what is kept for backward); × is a contender's peak over ours, above 1 where ours needs less."
     drawn = by_operation(rows, lambda group: grid(group, memory_cell, peak, "MB"))
-    return join(how, drawn, losses(rows, peak, "smaller", "peak"))
+    return join(_MEMORY_HOW, drawn, losses(rows, peak, "smaller", "peak"))
 
 
 def table1(rows: Sequence[Row]) -> str:
@@ -124,6 +126,43 @@ def table1(rows: Sequence[Row]) -> str:
     headers = ["model", "E", "seeds", "steps", "parameters", "paper", "train", "paper", "validation", "paper"]
     how = "Nats per character at the last step, mean ± sample standard deviation over the seeds; the paper's beside it."
     return join(how, table(headers, lines), str(gaps))
+
+
+def lamemo(rows: Sequence[Row]) -> str:
+    kept = losses(rows, measured("saved_bytes"), "smaller", "saved bytes")
+    return join("### Time", _HOW, _timed(rows), losses(rows), "### Memory", memory(rows), kept)
+
+
+def lamemo_compact(rows: Sequence[Row]) -> str:
+    """The layer alone, in few words, and every loss."""
+    layer = [row for row in rows if row.get("operation") == "look-ahead layer"]
+    kept = losses(rows, measured("saved_bytes"), "smaller", "saved bytes")
+    drawn = [grid(layer, time_cell(compact=True)), grid(layer, memory_cell, peak, "MB")] if layer else []
+    return join(_HOW, *drawn[:1], losses(rows), _MEMORY_HOW, *drawn[1:], losses(rows, peak, "smaller", "peak"), kept)
+
+
+def lamemo_training(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[Any, Any], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.get("model"), row.get("steps")].append(row)
+    lines = [
+        [
+            text(model),
+            text(group[0].get("validation_read", ABSENT)),
+            str(len(group)),
+            whole(steps),
+            whole(group[0].get("parameters")),
+            *(over_seeds([row.get(name) for row in group]) for name in ("train", "validation", "validation_carried")),
+        ]
+        for (model, steps), group in groups.items()
+    ]
+    headers = ["model", "validation is of", "seeds", "steps", "parameters", "train", "validation", "state carried"]
+    how = (
+        "Nats per character at the last step, mean ± sample standard deviation over the seeds. A character in a window "
+        "has half of it before it on average; one that is read with a memory has all that the memory holds. The last "
+        "column is LogMem's loss on the text that the recurrent models are asked about, its state carried along."
+    )
+    return join(how, table(headers, lines, 2))
 
 
 def paper_fig9(rows: Sequence[Row]) -> str:
@@ -271,4 +310,6 @@ RUNS: dict[str, tuple[str, Body]] = {
     "paper-fig10": ("The paper's Figure 10: memory", memory),
     "recall": ("Recall over distance", recall),
     "agreement": ("Agreement of the parallel and the sequential form", agreement),
+    "lamemo": ("LaMemo: time and memory", lamemo),
+    "lamemo-training": ("LaMemo: trained beside Transformer-XL, GPT-2 and LogMem", lamemo_training),
 }

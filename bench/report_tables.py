@@ -16,7 +16,10 @@ from .journal import Row
 
 ABSENT = "–"
 OURS = "ours"
-SYMBOLS = {"batch": "B", "length": "L", "embedding": "E", "heads": "heads", "bank": "m", "position": "n"}
+SYMBOLS = {
+    "batch": "B", "length": "L", "tokens": "T", "memory": "M", "embedding": "E", "heads": "heads", "head_size": "D",
+    "bank": "m", "position": "n",
+}  # fmt: skip
 DIRECTIONS: dict[object, str] = {"training": "forward+backward"}
 MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 MICRO = {"us": "µs"}
@@ -219,7 +222,9 @@ def grid(rows: Sequence[Row], cell: Cell, value: Value = milliseconds, unit: str
         several = ["direction"]
     symbols = "; ".join(SYMBOLS[name] for name in names)
     headers = [f"({symbols})" if len(names) > 1 else symbols, *several]
-    shares = any(measured("share")(row) is not None for row in rows if row.get("provider") == OURS)
+    own = [row for row in rows if row.get("provider") == OURS]
+    # Shares are of time.
+    shares = value is milliseconds and any(measured("share")(row) is not None for row in own)
     left = len(headers)
     for name in providers:
         units = {row.get("unit", "ms") for row in rows if row.get("provider") == name and not row.get("gap")}
@@ -259,7 +264,8 @@ Points = list[tuple[int, float]]
 
 def _groups(pairs: list[tuple[Row, float]], axis: str) -> Iterable[tuple[str, str, Points]]:
     """What is compared, by whom, and its ratios along the axis."""
-    others = [name for name in ("embedding", "heads", "bank", "batch", "length", "position") if name != axis]
+    sizes = ("embedding", "heads", "head_size", "bank", "batch", "length", "tokens", "memory", "position")
+    others = [name for name in sizes if name != axis]
     rows = [row for row, _ in pairs]
     apart = {name for name in others if len({place(row).get(name) for row in rows}) > 1} | {"embedding"}
     dtypes = len({row.get("dtype") for row in rows}) > 1

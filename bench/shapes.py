@@ -8,27 +8,44 @@ written again in the backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 STAGES = ("tree", "project", "attend", "out")
 DIRECTIONS = ("forward", "backward")
+# Of an operation that is compared.
+_STAGES_OF = {"tree": ("tree",), "projections": ("project",), "attention": ("attend",), "layer": STAGES}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A batch and a layer: (B, L, E, H, m)."""
+class Size:
+    """A batch of rows of so many tokens; kinds of layers add sizes of their own."""
 
     name: str
     batch: int
     length: int
-    embedding: int
-    heads: int
-    bank: int
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    def row(self) -> dict[str, Any]:
+        """As rows of results have it."""
+        return asdict(self)
+
+    def least_ms(self, operation: str, ways: Sequence[str], rate: float, bandwidth: float, itemsize: int) -> float:
+        """Roofline of an operation in the directions ``ways``, every stage at its own."""
+        raise NotImplementedError(f"{type(self).__name__} must define least_ms()")
+
+
+@dataclass(frozen=True)
+class Shape(Size):
+    """A batch and a layer: (B, L, E, H, m)."""
+
+    embedding: int
+    heads: int
+    bank: int
 
     @property
     def unit(self) -> int:
@@ -46,6 +63,10 @@ class Shape:
         top = self.length.bit_length() - 1
         levels = (self.length + 1) * top - 2 ** (top + 1) + 2
         return 1 + self.bank * levels / self.length
+
+    def least_ms(self, operation: str, ways: Sequence[str], rate: float, bandwidth: float, itemsize: int) -> float:
+        stages = [(stage, way) for stage in _STAGES_OF[operation] for way in ways]
+        return sum(floor_ms(self, stage, way, rate, bandwidth, itemsize) for stage, way in stages)
 
     def __str__(self) -> str:
         sizes = (self.batch, self.length, self.embedding, self.heads, self.bank)

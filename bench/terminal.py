@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .journal import Row
+from .report_tables import SYMBOLS
 
 
 def table(headers: list[str], lines: Iterable[list[Any]]) -> str:
@@ -17,8 +18,14 @@ def table(headers: list[str], lines: Iterable[list[Any]]) -> str:
 def where(row: Row) -> str:
     """The operation, shape and direction of a row."""
     shape = row["shape"]
-    sizes = ", ".join(str(shape[name]) for name in ("batch", "length", "embedding", "heads", "bank"))
-    return f"{row['operation']} ({sizes}) {row.get('direction', '')}".strip()
+    found = ", ".join(str(shape[name]) for name in SYMBOLS if name in shape)
+    return f"{row['operation']} ({found}) {row.get('direction', '')}".strip()
+
+
+def sizes(rows: Iterable[Row]) -> str:
+    """What the numbers are that `where` has."""
+    shape: Row = next((row["shape"] for row in rows if "shape" in row), {})
+    return f"({', '.join(symbol for name, symbol in SYMBOLS.items() if name in shape)})"
 
 
 def spread(row: Row) -> str:
@@ -36,7 +43,7 @@ def timed_table(rows: list[Row]) -> str:
             share = f"{100 * row['share']:.3g} %" if "share" in row else ""
             lines.append([where(row), row["provider"], spread(row), ratio, share, f"{row['error']:.1e}"])
     unit = next((row["unit"] for row in rows if "unit" in row), "ms")
-    headers = ["(B, L, E, heads, m)", "", unit, "of ours", "of the floor", "error"]
+    headers = [sizes(rows), "", unit, "of ours", "of the floor", "error"]
     return table(headers, lines)
 
 
@@ -59,4 +66,4 @@ def memory_table(rows: list[Row]) -> str:
             continue
         saved = f"{row['saved_bytes'] / 1e6:.4g}" if "saved_bytes" in row else ""
         lines.append([where(row), row["provider"], f"{row['peak_bytes'] / 1e6:.4g}", saved])
-    return table(["(B, L, E, heads, m)", "", "peak MB", "kept MB"], lines)
+    return table([sizes(rows), "", "peak MB", "kept MB"], lines)

@@ -49,6 +49,8 @@ def _legend(figure: Figure) -> set[str]:
         ("recall", {"bank 1", "bank 4", "chance"}, "distance, tokens (1k = 1,024)", "accuracy", ("log", "linear")),
         ("paper-table1", {"logmem", "gpt2", "the paper's, at the end"}, "step", "validation loss, nats per character",
          ("linear", "linear")),
+        ("lamemo-training", {"lamemo", "transformer-xl", "gpt2", "logmem"}, "step",
+         "validation loss, nats per character", ("linear", "linear")),
     ],
 )  # fmt: skip
 def test_drawings_show_every_provider_on_labelled_axes(
@@ -60,8 +62,11 @@ def test_drawings_show_every_provider_on_labelled_axes(
     assert {(axes.get_xscale(), axes.get_yscale()) for axes in figure.axes} == {scales}
     drawn = {line.get_label() for axes in figure.axes for line in axes.lines if len(line.get_xdata())}  # type: ignore[arg-type]
     assert names - {"the paper's, at the end"} <= drawn
-    titles = {"paper-fig9": ["parallel", "sequential"], "paper-fig10": ["parallel", "sequential"]}
-    assert [axes.get_title() for axes in figure.axes] == titles.get(run, ["E = 32"] if run == "paper-table1" else [""])
+    titles = {
+        **dict.fromkeys(("paper-fig9", "paper-fig10"), ["parallel", "sequential"]),
+        **dict.fromkeys(("paper-table1", "lamemo-training"), ["E = 32"]),
+    }
+    assert [axes.get_title() for axes in figure.axes] == titles.get(run, [""])
 
 
 def test_drawings_hold_the_rows(draw: Callable[..., Figure]) -> None:

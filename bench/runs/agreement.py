@@ -32,7 +32,7 @@ from bench.corpora import Corpus, load
 from bench.errors import InputError
 from bench.generate import load_model
 from bench.journal import Row
-from bench.models import LogMem, ModelConfig, build
+from bench.models import RECURRENT, LogMem, ModelConfig, build
 from bench.runner import Case, Context
 from bench.terminal import table
 from bench.train_lm import CHECKPOINT
@@ -113,7 +113,7 @@ def _subject(context: Context) -> Subject:
         path = _checkpoint(context)
         saved = Checkpoint.load(path)
         kind = saved.model_config.get("model")
-        if kind == "gpt2":
+        if kind == "gpt2" or kind in RECURRENT:
             raise InputError(f"checkpoint: expected a LogMem model, which has two forms, got {kind} in {path}")
         loaded, vocabulary = load_model(path)
         model = cast(LogMem, loaded)

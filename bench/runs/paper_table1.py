@@ -15,24 +15,15 @@ step, mean over the batches of an evaluation), ``steps``, ``curve`` ([[step, tra
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.checkpoint import Checkpoint
 from bench.corpora import TINYSHAKESPEARE_SHA256, load
-from bench.errors import InputError
 from bench.journal import Row
-from bench.ranks import Ranks
 from bench.runner import Case, Context
-from bench.settings import Settings, resolve
+from bench.settings import resolve
 from bench.terminal import table
-from bench.train_lm import CHECKPOINT
-from bench.train_lm import Run as TrainingRun
+from bench.trainings import Training
 
 # Parameters, losses on the training and the validation split (specification, section 7).
 PAPER: dict[tuple[int, str], tuple[int, float, float]] = {
@@ -57,9 +48,6 @@ QUICK: dict[str, Any] = {
     "eval_batches": 2,
     "save_every": 10,
 }
-# Where the text lay, and how much was said at the end, change no loss.
-_FREE = ("data", "sample_tokens")
-_KEYS = {"settings", "corpus", "parameters", "rows", "step", "tokens_per_second"}
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
@@ -92,117 +80,18 @@ def cases(context: Context) -> list[Case]:
             **({} if model == "gpt2" else {"backend": context.backend}),
             **(QUICK if context.quick else {}),
         }
-        training = Training(resolve(given, None), digest, context.device, anew=context.quick)
+        training = Cell(resolve(given, None), digest, context.device, anew=context.quick)
         found.append(Case(name, training.measure, training.check))
     return found
 
 
-@dataclass(frozen=True)
-class Training:
-    """One cell of the table.
+class Cell(Training):
+    """One cell of the table."""
 
-    Attributes:
-        settings: those of `bench.train_lm`; its files are in ``settings.out``.
-        digest: sha256 of the corpus.
-        device: where to train.
-        anew: whether to leave out of account what is in the folder.
-    """
-
-    settings: Settings
-    digest: str
-    device: torch.device
-    anew: bool
-
-    def check(self) -> None:
-        """Refuse at once what could only be refused after hours.
-
-        Raises:
-            InputError: the folder holds another training, or there is no corpus to train on.
-        """
-        if not self._is_finished():
-            self._checkpoint()
-            load(self.settings.data)
-
-    def measure(self) -> list[Row]:
-        """Train what is missing and collect the result.
-
-        Raises:
-            InputError: as `check`.
-            RunError: a file cannot be written, or the loss is not finite.
-            KeyboardInterrupt: the checkpoint is in the folder.
-        """
-        if not self._is_finished():
-            # It returns a status: 0, or that of an interruption after which it has saved.
-            if TrainingRun(self.settings, Ranks(0, 1, self.device), self._checkpoint()).train():
-                raise KeyboardInterrupt
-        metrics = self._metrics()
-        assert metrics is not None, "train() returns 0 only after it has written them"
-        return [self._row(metrics)]
-
-    def _is_finished(self) -> bool:
-        if self.anew:
-            return False
-        metrics = self._metrics()
-        # The last losses are written before the last checkpoint, the sample after it.
-        return metrics is not None and metrics["step"] == self.settings.steps and "sample" in metrics
-
-    def _metrics(self) -> Row | None:
-        """metrics.json of the folder; None where there is none."""
-        path = Path(self.settings.out) / "metrics.json"
-        try:
-            metrics = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: expected the metrics of train_lm, got something else ({error})") from error
-        if not isinstance(metrics, dict) or not metrics.keys() >= _KEYS:
-            raise InputError(f"{path}: expected the metrics of train_lm, got something else")
-        self._check_same(metrics["settings"], metrics["corpus"]["sha256"])
-        return metrics
-
-    def _checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to go on from; None where there is none."""
-        path = Path(self.settings.out) / CHECKPOINT
-        if self.anew or not path.exists():
-            return None
-        saved = Checkpoint.load(path)
-        self._check_same(saved.settings, saved.digest)
-        return saved
-
-    def _check_same(self, settings: dict[str, Any], digest: str) -> None:
-        wanted = {name: value for name, value in self.settings.to_save().items() if name not in _FREE}
-        differing = {name: value for name, value in wanted.items() if settings.get(name) != value}
-        expected = [f"{name} {value!r}" for name, value in differing.items()]
-        got = [f"{name} {settings.get(name)!r}" for name in differing]
-        if digest != self.digest:
-            expected.append(f"the corpus {self.settings.data} (sha256 {self.digest[:12]}…)")
-            got.append(f"one of sha256 {digest[:12]}…")
-        if got:
-            raise InputError(
-                f"{self.settings.out}: expected a training with {', '.join(expected)}, got one with "
-                f"{', '.join(got)}; move that folder away to train anew"
-            )
-
-    def _row(self, metrics: Row) -> Row:
-        settings, last = self.settings, metrics["rows"][-1]
-        environment = metrics.get("environment", {})
-        parameters, train, validation = PAPER[settings.embedding, settings.model]
-        return {
-            "embedding": settings.embedding,
-            "model": settings.model,
-            "seed": settings.seed,
-            "parameters": metrics["parameters"],
-            "train": last["train"],
-            "validation": last["validation"],
-            "steps": last["step"],
-            "paper_parameters": parameters,
-            "paper_train": train,
-            "paper_validation": validation,
-            "curve": [[row["step"], row["train"], row["validation"]] for row in metrics["rows"]],
-            "corpus": Path(metrics["corpus"]["name"]).name,
-            "corpus_sha256": metrics["corpus"]["sha256"],
-            **{f"trained_{name}": environment.get(name) for name in ("commit", "dirty", "device", "threads", "torch")},
-        }
+    def row(self, metrics: Row) -> Row:
+        parameters, train, validation = PAPER[self.settings.embedding, self.settings.model]
+        paper = {"paper_parameters": parameters, "paper_train": train, "paper_validation": validation}
+        return {**super().row(metrics), **paper}
 
 
 def show(rows: list[Row]) -> str:
