@@ -51,10 +51,10 @@ class Config(NamedTuple):
 CONFIGS = {
     "forward": {16: Config(64, 8, 2), 32: Config(64, 8, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
     "rows": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
-    "keys": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(32, 8, 2)},
+    "keys": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 8, 2), 128: Config(32, 8, 2)},
     "distances": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
 }
-FLOAT32 = {16: Config(16, 8, 1), 32: Config(16, 4, 1), 64: Config(16, 8, 1)}
+FLOAT32 = {width: Config(16, 8, 1) for width in (16, 32, 64)}
 # Programs over distances that are wanted at least; where there are fewer, the streams are split among more.
 TABLE_PROGRAMS = 256
 
