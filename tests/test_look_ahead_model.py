@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -22,12 +23,6 @@ from tests.close import TOLERANCE, assert_close, assert_same_gradients
 F64, BF16 = torch.float64, torch.bfloat16
 VALUE, GRADIENT = TOLERANCE[F64]
 both_kinds = pytest.mark.parametrize("attn_type", [3, 0])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
 
 
 def enlarged(model):
@@ -53,8 +48,8 @@ def proceed(model, lengths=(5, 5), batch=2) -> LookAheadState:
     return state
 
 
-def gradients(y: Tensor, leaves, grad: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(y, list(leaves), grad, retain_graph=True, materialize_grads=True))
+def gradients(y: Tensor, leaves, grad: Tensor, again: bool = True) -> list[Tensor]:
+    return list(torch.autograd.grad(y, list(leaves), grad, retain_graph=again, materialize_grads=True))
 
 
 def same(got: LookAheadState, expected: LookAheadState) -> bool:
@@ -376,15 +371,19 @@ def test_dropout_draws_for_each_table_anew_and_a_layer_reads_both(attn_type):
         assert_close("output", after.outputs[0], found[1][0], VALUE)
 
 
-def test_a_step_of_training_compiles():
-    model, x, grad = small(), random(2, 5, 8), random(2, 5, 8)
-    state, results = proceed(model), []
-    for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
-        y, after = run(x, state)
-        results.append([y, *after.tensors().values(), *gradients(y, model.parameters(), grad)])
-        assert (after.tokens, after.is_even, after.length) == (5, True, 9)
-    for got, expected in zip(*results, strict=True):
-        assert_close("result", got.detach(), expected.detach(), GRADIENT)
+def test_steps_of_training_compile_to_few_graphs_for_all_lengths():
+    torch._dynamo.reset()
+    model, counter = LookAheadMemory(8, 2, 2, memory_length=9, dtype=F64), CompileCounterWithBackend("aot_eager")
+    graph, state = torch.compile(enlarged(model), fullgraph=True, backend=counter), proceed(model)
+    for length in (5, 4, 6, 3):
+        x, grad, results = random(2, length, 8), random(2, length, 8), []
+        for run in (graph, model):
+            y, after = run(x, state)
+            results.append([y, *after.tensors().values(), *gradients(y, model.parameters(), grad, False)])
+            assert (after.tokens, after.is_even, after.length) == (length, True, 9)
+        for got, expected in zip(*results, strict=True):
+            assert_close("result", got.detach(), expected.detach(), GRADIENT)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
