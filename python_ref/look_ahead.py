@@ -114,7 +114,7 @@ class _Operands:
     def scores(self, block: _Block, content: Tensor, position: Tensor) -> Tensor:
         """``[H·B, b, n]``, -inf where a query does not see a key."""
         band = torch.matmul(position, self.table(block).transpose(1, 2))
-        by_distance = _pairs(band.view(content.shape[0], content.shape[1], band.shape[2]), block)
+        by_distance = _pairs(band.view(content.shape[0], content.shape[1], band.shape[2]), block, block.low)
         score = torch.baddbmm(by_distance, content, self.keys(block).transpose(1, 2))
         i = torch.arange(block.i0, block.i1, device=score.device)[:, None]
         if block.looks_ahead:
@@ -132,22 +132,17 @@ class _Operands:
         return score
 
 
-def _pairs(band: Tensor, block: _Block, columns: int | None = None) -> Tensor:
+def _pairs(band: Tensor, block: _Block, low: int) -> Tensor:
     """Of a band ``[N, b, columns]`` by query and distance the view ``[N, b, n]`` by query and key.
 
-    One query on, each key is one distance nearer or farther, so a row is one column shorter than the band's. Where a
-    pair has no distance, the view shows another pair's; it is hidden in any case.
+    Columns begin with the distance ``low`` where the block looks ahead, and with its highest where it does not. One
+    query on, each key is one distance nearer or farther, so a row is one column shorter than the band's. Where a pair
+    has no distance, the view shows another pair's; it is hidden in any case.
     """
-    width = band.shape[2] if columns is None else columns
-    if block.looks_ahead:
-        offset = block.j0 - block.i0 - block.low
-    else:
-        offset = block.high - block.i0 + block.j0
-    if columns is not None and block.looks_ahead:
-        offset += columns - (block.high - block.low + 1)
-    shape = band.shape[0], band.shape[1], block.j1 - block.j0
-    strides = band.shape[1] * width, width - 1, 1
-    return band.as_strided(shape, strides, band.storage_offset() + offset)
+    first = block.j0 - block.i0 - low if block.looks_ahead else block.high - block.i0 + block.j0
+    count, rows, width = band.shape
+    shape, strides = (count, rows, block.j1 - block.j0), (rows * width, width - 1, 1)
+    return band.as_strided(shape, strides, band.storage_offset() + first)
 
 
 def attend(
@@ -289,11 +284,10 @@ def _backward(
 def _band(grad_score: Tensor, block: _Block) -> Tensor:
     """A gradient by query and key, laid out by query and distance: what `_pairs` is a view of, with zeros between."""
     count, rows, keys = grad_score.shape
-    # So wide that no two pairs share a place.
-    width = keys + rows - 1
+    # So wide that no two pairs share a place: with distances, below the lowest, that hidden pairs would have.
+    width, distances = keys + rows - 1, block.high - block.low + 1
     band = grad_score.new_zeros(count, rows, width)
-    _pairs(band, block, width).copy_(grad_score)
-    distances = block.high - block.low + 1
+    _pairs(band, block, block.high - width + 1).copy_(grad_score)
     return band[:, :, width - distances :] if block.looks_ahead else band[:, :, :distances]
 
 

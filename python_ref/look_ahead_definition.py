@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .look_ahead import merge
-
 
 def attend(
     q: Tensor,
@@ -41,14 +39,18 @@ def attend(
     normaliser = normaliser.transpose(1, 2)
     if output is None or lse is None:
         return out, normaliser
+    # What a memory row saw before is one more key, of score ``lse`` and value ``output``.
     memory = rows - tokens
-    merged, total = merge(output, lse, out[:, :memory], normaliser[:, :memory], 0.0)
-    return torch.cat([merged, out[:, memory:]], 1), torch.cat([total, normaliser[:, memory:]], 1)
+    total = torch.cat([torch.logaddexp(lse, normaliser[:, :memory]), normaliser[:, memory:]], 1)
+    out = out * (normaliser - total).exp()[..., None]
+    before = output * (lse - total[:, :memory]).exp()[..., None]
+    return torch.cat([out[:, :memory] + before, out[:, memory:]], 1), total
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor, table: Tensor, row: Tensor, looks_ahead: Tensor) -> Tensor:
     """``(q_i + u)·k_j + (q_i + v)·r_|i-j|``, ``[B, H, rows, K]``, by each row's own kind of u and v."""
     content, position = (torch.where(looks_ahead[:, None, None], bias[2 + n], bias[n]) for n in range(2))
+    # Pairs that are not seen may have no row.
     relative = table[row.clamp(max=table.shape[0] - 1)]
     by_content = torch.einsum("bihd,bjhd->bhij", q + content, k)
     return by_content + torch.einsum("bihd,ijhd->bhij", q + position, relative)
