@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class LookAheadMemory(nn.Module):
         if state.is_even or kept.length > reach.tokens:
             return kept
         # Nothing that was there before the segment is left, so nothing is missing.
-        return LookAheadState(kept.inputs, kept.outputs, kept.lse, kept.start, kept.tokens, True)
+        return replace(kept, is_even=True)
 
     def _fit(self, x: Tensor, state: LookAheadState | None) -> LookAheadState:
         check_float("x", x)
@@ -314,6 +315,13 @@ class _TiedOutput(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
+def _same(copy: Tensor, table: Tensor) -> bool:
+    """Whether two copies agree, where they have values at all."""
+    if copy.is_meta or table.is_meta:
+        return copy.shape == table.shape
+    return copy.shape == table.shape and torch.allclose(copy.to(table), table, rtol=0, atol=0, equal_nan=True)
+
+
 def _untie_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Drop, in place, the second copy of the tied weight, and the original's table of frequencies.
 
@@ -322,6 +330,6 @@ def _untie_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str
     """
     name = f"{prefix}crit.out_layers.0.weight"
     copy, table = state_dict.pop(name, None), state_dict.get(f"{prefix}word_emb.emb_layers.0.weight")
-    if copy is not None and table is not None and not torch.equal(copy, table):
+    if copy is not None and table is not None and not _same(copy, table):
         raise ValueError(f"{name}: expected the weights of word_emb.emb_layers.0, to which it is tied, got others")
     state_dict.pop(f"{prefix}pos_emb.inv_freq", None)

@@ -94,3 +94,11 @@ def defined(layer: LogarithmicMixing, x: Tensor) -> Tensor:
     """What the definition gives for the layer."""
     merge, projections = definition_of(layer)
     return definition.mix(x, merge, layer.bank, projections, layer.heads)
+
+
+def enlarged(model):
+    """With parameters so large that everything has an effect."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.4 * torch.randn_like(parameter))
+    return model
