@@ -28,7 +28,7 @@ from .runs.lamemo import QUICK_SHAPES as QUICK_TIMED
 RUNS = 5
 
 
-class Reach(NamedTuple):
+class LookAheadCase(NamedTuple):
     """Streams, T, M, W, heads, their size; whether the memory has its table, streams begin late, tokens ask alone."""
 
     batch: int
@@ -54,21 +54,22 @@ class Reach(NamedTuple):
 
 # Every head size that has a configuration, sizes that fill no tile among them.
 SHAPES = [
-    Reach(3, 150, 150, 150, 10, 41),
-    Reach(2, 200, 333, 200, 4, 64, late=True),
-    Reach(2, 64, 300, 64, 2, 16, own_table=True),
-    Reach(2, 96, 200, 130, 2, 32, own_table=True, late=True),
-    Reach(1, 77, 200, 77, 2, 128),
-    Reach(4, 1, 257, 1, 2, 64),
-    Reach(2, 130, 0, 130, 2, 64),
-    Reach(2, 100, 170, 100, 2, 64, late=True, alone=True),
+    LookAheadCase(3, 150, 150, 150, 10, 41),
+    LookAheadCase(2, 200, 333, 200, 4, 64, late=True),
+    LookAheadCase(2, 64, 300, 64, 2, 16, own_table=True),
+    LookAheadCase(2, 96, 200, 130, 2, 32, own_table=True, late=True),
+    LookAheadCase(1, 77, 200, 77, 2, 128),
+    LookAheadCase(4, 1, 257, 1, 2, 64),
+    LookAheadCase(2, 130, 0, 130, 2, 64),
+    LookAheadCase(2, 100, 170, 100, 2, 64, late=True, alone=True),
 ]
-QUICK_SHAPES = [Reach(2, 6, 9, 6, 2, 5, own_table=True, late=True)]
+QUICK_SHAPES = [LookAheadCase(2, 6, 9, 6, 2, 5, own_table=True, late=True)]
 
 
-def inputs(
-    shape: Reach, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], tuple[Tensor | None, ...], tuple[Tensor, Tensor]]:
+Inputs = tuple[list[Tensor], tuple[Tensor | None, ...], tuple[Tensor, Tensor]]
+
+
+def inputs(shape: LookAheadCase, dtype: torch.dtype, device: torch.device) -> Inputs:
     """q, kv, bias, table; the memory's earlier result and the streams' starts; gradients."""
     batch, memory, keys = shape.batch, shape.memory, shape.tokens + shape.memory
     table = keys + shape.own_table * (memory + 1)
@@ -80,11 +81,18 @@ def inputs(
     return made[:4], (*seeds, start), (made[5], grad_lse)
 
 
-def check_kernels(shape: Reach, dtype: torch.dtype, settings: Settings) -> Iterator[tuple[str, float]]:
-    """Errors of result and gradients against float64; the same again to the bit, from poisoned memory as well."""
+def run_kernels(shape: LookAheadCase, given: Inputs, settings: Settings) -> list[Tensor]:
+    """Output, log-sum-exp and the gradients of q, kv, bias and table."""
     package = "python_ref" if settings.backend == "reference" else "lmn_kernels._triton"
     kernels = importlib.import_module(f"{package}.look_ahead")
-    operands, before, grads = inputs(shape, dtype, settings.torch_device)
+    operands, before, grads = given
+    out, lse = kernels.attend(*operands, *before, *shape.arguments)
+    return [out, lse, *kernels.attend_backward(*grads, *operands, out, lse, before[2], *shape.arguments)]
+
+
+def check_kernels(shape: LookAheadCase, dtype: torch.dtype, settings: Settings) -> Iterator[tuple[str, float]]:
+    """Errors of result and gradients against float64; the same again to the bit, from poisoned memory as well."""
+    given = operands, before, grads = inputs(shape, dtype, settings.torch_device)
     output, lse, start = before
     q, kv, bias, table, grad, grad_lse = (tensor.double() for tensor in (*operands, *grads))
     wide = [None if seed is None else seed.double() for seed in (output, lse)]
@@ -93,11 +101,7 @@ def check_kernels(shape: Reach, dtype: torch.dtype, settings: Settings) -> Itera
         grad, grad_lse, q, kv, bias, table, expected, expected_lse, start, *shape.arguments
     )
 
-    def run() -> list[Tensor]:
-        out, lse = kernels.attend(*operands, *before, *shape.arguments)
-        return [out, lse, *kernels.attend_backward(*grads, *operands, out, lse, start, *shape.arguments)]
-
-    got = run()
+    got = run_kernels(shape, given, settings)
     values, gradients = TOLERANCE[dtype]
     for name, g, w in zip(("out", "lse"), got[:2], (expected, expected_lse), strict=True):
         assert_close(name, g.double(), w, values)
@@ -107,7 +111,7 @@ def check_kernels(shape: Reach, dtype: torch.dtype, settings: Settings) -> Itera
     yield "gradients", max(error(g, w) for g, w in zip(got[2:], want, strict=True))
     for fill in [False] * RUNS + [True]:
         with filled(fill):
-            again = run()
+            again = run_kernels(shape, given, settings)
         assert all(torch.equal(a, g) for a, g in zip(again, got, strict=True)), f"differs, poison: {fill}"
 
 
@@ -171,8 +175,7 @@ def small_segments(settings: Settings) -> None:
     """What runs under compute-sanitizer: every kernel at every head size, forward and backward."""
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32) if shape.size <= 64 else (torch.bfloat16,):
-            for _ in check_kernels(shape, dtype, settings):
-                pass
+            run_kernels(shape, inputs(shape, dtype, settings.torch_device), settings)
 
 
 def time_look_ahead(settings: Settings, report: Report) -> None:

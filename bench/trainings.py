@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
-from .corpora import load
+from .corpora import TINYSHAKESPEARE_SHA256, load
 from .errors import InputError
 from .journal import Row
 from .ranks import Ranks
+from .runner import Context
 from .settings import Settings
 from .train_lm import CHECKPOINT
 from .train_lm import Run as TrainingRun
@@ -21,6 +22,25 @@ from .train_lm import Run as TrainingRun
 # Where the text lay, and how much was said at the end, change no loss.
 _FREE = ("data", "sample_tokens")
 _KEYS = {"settings", "corpus", "parameters", "rows", "step", "tokens_per_second"}
+
+
+def digest_of(data: str) -> str:
+    """sha256 of a corpus; what is finished can be collected without the text, where that is known."""
+    return TINYSHAKESPEARE_SHA256 if data == "tinyshakespeare" else load(data).digest
+
+
+def flags(context: Context, name: str, model: str, seed: int, data: str) -> dict[str, Any]:
+    """What `bench.train_lm` is given in every run of trainings."""
+    return {
+        "model": model,
+        "seed": seed,
+        "data": data,
+        "out": str(context.scratch / name),
+        "device": str(context.device),
+        "sample_tokens": 100,
+        # GPT-2 has none of our operations.
+        **({} if model == "gpt2" else {"backend": context.backend}),
+    }
 
 
 @dataclass(frozen=True)

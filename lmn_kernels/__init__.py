@@ -13,7 +13,7 @@ from ._version import __version__
 from .block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
 from .decoding import StepWeights, decode_, update_
 from .functional import attend, build_tree, look_ahead_attend
-from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer
+from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
 from .look_ahead_model import LookAheadLanguageModel, LookAheadMemory
 from .look_ahead_state import LookAheadState
 from .mixing import LogarithmicMixing
@@ -35,6 +35,7 @@ __all__ = [
     "LookAheadMemoryLayer",
     "LookAheadState",
     "MemoryState",
+    "Reach",
     "Sequences",
     "StepWeights",
     "__version__",

@@ -52,6 +52,20 @@ def check_ids(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, low
             raise ValueError(f"{name}: expected values in {low} … {high}, got {least} … {most}")
 
 
+def check_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
+    """``rows`` of a batch of ``count``, indices or a ``[count]`` bool mask, as a mask.
+
+    Raises:
+        TypeError, ValueError: they are neither, or out of range.
+    """
+    check_tensor("rows", rows)
+    if rows.dtype == torch.bool:
+        check_shape("rows", rows, (count,))
+        return rows
+    check_ids("rows", rows, tuple(rows.shape[:1]), 0, count - 1)
+    return torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, rows.long(), True)
+
+
 def check_positive(name: str, value: object, least: int = 1) -> None:
     # A SymInt: a size that torch.export or torch.compile has left open.
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:

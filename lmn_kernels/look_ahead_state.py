@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _state_files
-from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
+from ._checks import check_device, check_float, check_ids, check_positive, check_rows, check_shape, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +66,7 @@ class LookAheadState:
                 lambda t: t.new_empty(len(t), 0, *t.shape[2:]) if t.dim() > 1 else torch.zeros_like(t)
             )
             return replace(empty, tokens=0, is_even=True)
-        check_tensor("rows", rows)
-        if rows.dtype == torch.bool:
-            check_shape("rows", rows, (self.batch_size,))
-            gone = rows
-        else:
-            check_ids("rows", rows, tuple(rows.shape[:1]), 0, self.batch_size - 1)
-            gone = torch.zeros(self.batch_size, dtype=torch.bool, device=self.start.device)
-            gone = gone.index_fill(0, rows.long(), True)
+        gone = check_rows(rows, self.batch_size, self.start.device)
         # What is left of the rows is read, and has no effect: it must be finite.
         cleared = self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
         return replace(cleared, start=self.start.masked_fill(gone, self.length), is_even=False)

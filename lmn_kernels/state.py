@@ -13,7 +13,7 @@ from python_ref.layout import level_count, state_rows
 from python_ref.step import Slots, valid_rows
 
 from . import _state_files
-from ._checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
+from ._checks import check_device, check_float, check_ids, check_positive, check_rows, check_shape, check_tensor
 
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
 _TENSORS = ("position", "token", "nodes", "q", "v")
@@ -114,14 +114,7 @@ class MemoryState:
         """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
         if rows is None:
             return replace(self._map(torch.zeros_like), max_position=0)
-        check_tensor("rows", rows)
-        if rows.dtype == torch.bool:
-            check_shape("rows", rows, (self.batch_size,))
-            gone = rows
-        else:
-            check_ids("rows", rows, tuple(rows.shape[:1]), 0, self.batch_size - 1)
-            gone = torch.zeros(self.batch_size, dtype=torch.bool, device=self.position.device)
-            gone = gone.index_fill(0, rows.long(), True)
+        gone = check_rows(rows, self.batch_size, self.position.device)
         return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
 
     def clone(self) -> MemoryState:

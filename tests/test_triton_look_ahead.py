@@ -87,7 +87,8 @@ def check(case, dtype):
     values, gradients = TOLERANCE[dtype]
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close("out", out.double(), expected, values)
-    assert_close("lse", lse.double(), expected_lse, values if dtype != torch.float32 else TOLERANCE[torch.float32][0])
+    # q + u and q + v are rounded to the dtype of the products, and scores with them.
+    assert_close("lse", lse.double(), expected_lse, values)
     got = kernels.attend_backward(*grads, *operands, out, lse, *reach)
     want = reference.attend_backward(*wide(grads), *wide(operands), expected, expected_lse, *reach)
     for name, g, w in zip(("q", "kv", "bias", "table"), got, want, strict=True):

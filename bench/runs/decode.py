@@ -327,7 +327,7 @@ def cases(context: Context) -> list[Case]:
     turns = 3 if context.quick else 12
     positions = POSITIONS[:2] if context.quick else POSITIONS
     found = []
-    # The widest takes as long as all others.
+    # The widest takes longer than all others.
     for shape, dtype in LAYERS[:-1] if context.quick else LAYERS:
         for n in positions:
             found.append(Case(f"{shape.name}/{n}", partial(at_position, shape, dtype, n, turns)))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.corpora import TINYSHAKESPEARE_SHA256, load, streams
+from bench.corpora import load, streams
 from bench.generate import load_model
 from bench.journal import Row
 from bench.models import RECURRENT, LogMem
@@ -30,7 +30,7 @@ from bench.runner import Case, Context
 from bench.settings import resolve
 from bench.terminal import table
 from bench.train_lm import CHECKPOINT
-from bench.trainings import Training
+from bench.trainings import Training, digest_of, flags
 from lmn_kernels import MemoryState
 
 NAMES = {"lamemo": "LaMemo", "transformer-xl": "Transformer-XL", "gpt2": "GPT-2", "logmem": "LogMem"}
@@ -58,8 +58,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 def cases(context: Context) -> list[Case]:
     options = context.options
     data = options["data"] or (str(QUICK_TEXT) if context.quick else "tinyshakespeare")
-    # What is finished can be collected without the text.
-    digest = TINYSHAKESPEARE_SHA256 if data == "tinyshakespeare" else load(data).digest
+    digest = digest_of(data)
     steps = (QUICK_STEPS if context.quick else STEPS) if options["steps"] is None else options["steps"]
     block = QUICK["block"] if context.quick else BLOCK
     found = []
@@ -67,19 +66,12 @@ def cases(context: Context) -> list[Case]:
         name = f"{model}-{steps}-{seed}"
         often = max(1, steps // EVALUATIONS)
         given = {
+            **flags(context, name, model, seed, data),
             "preset": "paper-32",
-            "model": model,
-            "seed": seed,
-            "data": data,
             "block": block,
             "steps": steps,
             "eval_every": often,
             "save_every": often,
-            "out": str(context.scratch / name),
-            "device": str(context.device),
-            "sample_tokens": 100,
-            # GPT-2 has none of our operations.
-            **({} if model == "gpt2" else {"backend": context.backend}),
             **({"inner": INNER[model]} if model in INNER else {}),
             **({"memory": block} if model in RECURRENT else {"eval_batches": 2 if context.quick else EVAL_BATCHES}),
             **(QUICK if context.quick else {}),

@@ -18,12 +18,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from bench.corpora import TINYSHAKESPEARE_SHA256, load
 from bench.journal import Row
 from bench.runner import Case, Context
 from bench.settings import resolve
 from bench.terminal import table
-from bench.trainings import Training
+from bench.trainings import Training, digest_of, flags
 
 # Parameters, losses on the training and the validation split (specification, section 7).
 PAPER: dict[tuple[int, str], tuple[int, float, float]] = {
@@ -60,8 +59,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 def cases(context: Context) -> list[Case]:
     options = context.options
     data = options["data"] or ("stdlib" if context.quick else "tinyshakespeare")
-    # What is finished can be collected without the text.
-    digest = TINYSHAKESPEARE_SHA256 if data == "tinyshakespeare" else load(data).digest
+    digest = digest_of(data)
     widths = (32, 128) if options["embedding"] == "all" else (int(options["embedding"]),)
     found = []
     for embedding, model, seed in itertools.product(
@@ -69,15 +67,8 @@ def cases(context: Context) -> list[Case]:
     ):
         name = f"{model}-{embedding}-{seed}"
         given = {
+            **flags(context, name, model, seed, data),
             "preset": f"paper-{embedding}",
-            "model": model,
-            "seed": seed,
-            "data": data,
-            "out": str(context.scratch / name),
-            "device": str(context.device),
-            "sample_tokens": 100,
-            # GPT-2 has none of our operations.
-            **({} if model == "gpt2" else {"backend": context.backend}),
             **(QUICK if context.quick else {}),
         }
         training = Cell(resolve(given, None), digest, context.device, anew=context.quick)

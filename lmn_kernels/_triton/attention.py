@@ -22,6 +22,7 @@ from .attention_kernels import SIZES, attend_bwd_kernel, attend_bwd_reduce_kerne
 from .common import (
     CompileCase,
     dot_precision,
+    for_heads,
     next_power_of_2,
     on_device,
     pointer,
@@ -80,11 +81,7 @@ def default_config(table: str, head_size: int, dtype: torch.dtype) -> Config:
         ValueError: no configuration serves heads this wide.
     """
     half, single = {"forward": (FORWARD, FORWARD_FLOAT32), "backward": (BACKWARD, BACKWARD_FLOAT32)}[table]
-    configs = single if dtype == torch.float32 else half
-    width = max(16, next_power_of_2(head_size))
-    if width not in configs:
-        raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
-    return configs[width]
+    return for_heads(single if dtype == torch.float32 else half, head_size, dtype)
 
 
 def _sizes(layout: Layout, tables: AttendTables, node_qv: Tensor, owned: bool) -> tuple[int, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
+
+Config = TypeVar("Config")
 
 # Set before Triton is imported, this makes every kernel run as Python on CPU tensors (tests only).
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -50,6 +52,18 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 def next_power_of_2(value: int) -> int:
     return triton.next_power_of_2(value)
+
+
+def for_heads(configs: dict[int, Config], head_size: int, dtype: torch.dtype) -> Config:
+    """What a table, by head size rounded up to a power of two, has for heads whose products are in ``dtype``.
+
+    Raises:
+        ValueError: no configuration serves heads this wide.
+    """
+    width = max(16, next_power_of_2(head_size))
+    if width not in configs:
+        raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
+    return configs[width]
 
 
 class CompileCase(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor
 from .common import (
     CompileCase,
     dot_precision,
+    for_heads,
     next_power_of_2,
     on_device,
     pointer,
@@ -65,11 +66,7 @@ def default_config(kernel: str, head_size: int, dtype: torch.dtype) -> Config:
     Raises:
         ValueError: no configuration serves heads this wide.
     """
-    configs = FLOAT32 if dtype == torch.float32 else CONFIGS[kernel]
-    width = max(16, next_power_of_2(head_size))
-    if width not in configs:
-        raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
-    return configs[width]
+    return for_heads(FLOAT32 if dtype == torch.float32 else CONFIGS[kernel], head_size, dtype)
 
 
 def _constants(config: Config, head_size: int, dtype: torch.dtype, start: Tensor | None) -> dict[str, Any]:
@@ -118,14 +115,13 @@ def attend(
     out = torch.empty_like(q)
     total = torch.empty(batch, rows, heads, dtype=torch.float32, device=q.device)
     blocks = _row_blocks(rows, tokens, config.BT)
-    seeded = output is not None and lse is not None
-    seeds = (output.contiguous(), lse.contiguous()) if output is not None and lse is not None else (q, total)
+    seeds = (q, total) if output is None or lse is None else (output.contiguous(), lse.contiguous())
     if batch:
         with on_device(q):
             look_ahead_fwd_kernel[(blocks * batch * heads,)](
                 q, kv, bias, table, *seeds, q if start is None else start, out, total,
                 *_sizes(q, kv, tokens, window, future_row), heads,
-                **_constants(config, head_size, products, start), IS_SEEDED=seeded,
+                **_constants(config, head_size, products, start), IS_SEEDED=output is not None,
             )  # fmt: skip
     return out, total
 
