@@ -25,8 +25,9 @@ test: lint ## lint, then every test that this machine can run
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(PYTEST_ARGS)
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, its formatting, and mypy
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 demo: $(READY) ## train a small language model on Python's own sources

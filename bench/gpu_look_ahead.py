@@ -137,9 +137,7 @@ def check_model(attn_type: int, dtype: torch.dtype, settings: Settings) -> Itera
         for index, model in enumerate(models):
             given = x.detach().clone().to(torch.float64 if index else dtype).requires_grad_()
             y, states[index] = model(given, states[index])
-            grads = torch.autograd.grad(
-                y, [given, *model.parameters()], cotangent.to(y.dtype), materialize_grads=True
-            )
+            grads = torch.autograd.grad(y, [given, *model.parameters()], cotangent.to(y.dtype), materialize_grads=True)
             found.append([y.detach(), *states[index].outputs, *states[index].lse, *grads])
         cached = 1 + 2 * len(states[0].outputs)
         bar = 3 * TOLERANCE[dtype][0], 3 * TOLERANCE[dtype][1]

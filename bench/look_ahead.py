@@ -180,8 +180,7 @@ class LookAheadProblem(BaseProblem):
         twin.layer.dec_attn.backend = "reference"
         twin.output, twin.lse, twin.distances = (part.double() for part in (self.output, self.lse, self.distances))
         twin.x, twin.bias, twin.q, twin.kv, twin.table, twin.segment_q = (
-            self._leaf(tensor.double())
-            for tensor in (self.x, self.bias, self.q, self.kv, self.table, self.segment_q)
+            self._leaf(tensor.double()) for tensor in (self.x, self.bias, self.q, self.kv, self.table, self.segment_q)
         )
         return twin
 

@@ -178,9 +178,7 @@ class _GPT2Block(nn.Module):
         # The notebook has a Linear(E, E/H) per head for each of q, k and v; packed, they are drawn alike.
         self.qkv = nn.Linear(embedding, 3 * embedding, bias=False)
         self.out_proj = nn.Linear(embedding, embedding)
-        self.feedforward = nn.Sequential(
-            nn.Linear(embedding, inner), nn.ReLU(), nn.Linear(inner, embedding)
-        )
+        self.feedforward = nn.Sequential(nn.Linear(embedding, inner), nn.ReLU(), nn.Linear(inner, embedding))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, size = x.shape

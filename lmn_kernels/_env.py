@@ -13,7 +13,6 @@ def backend() -> str:
     return os.environ.get(BACKEND) or "auto"
 
 
-
 def debug() -> bool:
     """``LMN_KERNELS_DEBUG``: whether to check, at the price of a synchronisation, what lies on a GPU."""
     return os.environ.get(DEBUG, "0") not in ("", "0")

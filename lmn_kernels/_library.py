@@ -121,9 +121,7 @@ def _look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, f
 
 def _look_ahead_attend_backward(grad, grad_lse, q, kv, bias, table, out, total, output, lse, *reach):
     # A kernel looks at what the softmax began with only through the merged result.
-    return _module("look_ahead", reach[-1]).attend_backward(
-        grad, grad_lse, q, kv, bias, table, out, total, *reach[:-1]
-    )
+    return _module("look_ahead", reach[-1]).attend_backward(grad, grad_lse, q, kv, bias, table, out, total, *reach[:-1])
 
 
 def _update_(x, slots, position, token, nodes, q, v, weights, summarizer, heads, expand, block, eps):

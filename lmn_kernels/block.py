@@ -90,7 +90,6 @@ class LogarithmicMemory(LogarithmicMixing):
             x = x + self.feedforward(self.norm2(x))
         return x, state
 
-
     def _around(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         modules: dict[str, Any] = self._modules
         norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))

@@ -83,9 +83,7 @@ def decode_(
     return _run("decode_", x, state, weights, slots, backend)
 
 
-def _run(
-    name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str
-) -> Any:
+def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str) -> Any:
     check_tensor("x", x)
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")

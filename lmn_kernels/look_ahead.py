@@ -184,9 +184,7 @@ class LookAheadMemoryLayer(nn.Module):
         return self.pos_ff(y), out, total
 
 
-def _unpack_checkpoint(
-    module: LookAheadMemoryAttention, state_dict: dict[str, Any], prefix: str, *unused: Any
-) -> None:
+def _unpack_checkpoint(module: LookAheadMemoryAttention, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Split, in place, the packed projection of the original's ``attn_type`` 0, and drop constants of its others."""
     packed = state_dict.pop(f"{prefix}qkv_net.weight", None)
     if packed is not None:

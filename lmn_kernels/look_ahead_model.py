@@ -180,9 +180,7 @@ class LookAheadMemory(nn.Module):
         for number in range(len(self.layers)):
             kept = number < self._outputs
             before = (state.outputs[number], state.lse[number]) if kept else (None, None)
-            rows, out, total = self._layer(number)(
-                rows, reach, looks_ahead=kept, output=before[0], lse=before[1]
-            )
+            rows, out, total = self._layer(number)(rows, reach, looks_ahead=kept, output=before[0], lse=before[1])
             if kept:
                 outputs.append(out)
                 totals.append(total)

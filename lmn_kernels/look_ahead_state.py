@@ -62,9 +62,7 @@ class LookAheadState:
     def reset(self, rows: Tensor | None = None) -> LookAheadState:
         """The state with the memory of ``rows`` emptied: indices (int32, int64) or a ``[B]`` bool mask; all if None."""
         if rows is None:
-            empty = self._map(
-                lambda t: t.new_empty(len(t), 0, *t.shape[2:]) if t.dim() > 1 else torch.zeros_like(t)
-            )
+            empty = self._map(lambda t: t.new_empty(len(t), 0, *t.shape[2:]) if t.dim() > 1 else torch.zeros_like(t))
             return replace(empty, tokens=0, is_even=True)
         gone = check_rows(rows, self.batch_size, self.start.device)
         # What is left of the rows is read, and has no effect: it must be finite.

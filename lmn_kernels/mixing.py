@@ -188,8 +188,7 @@ class LogarithmicMixing(OriginalFace):
             # What no token changed stays as it was, to the bit.
             kept = (exists & (row >= layout.carry_base))[..., None, None]
             newest, q, v = (
-                torch.where(kept, old, new)
-                for old, new in ((state.nodes, newest), (state.q, q), (state.v, v))
+                torch.where(kept, old, new) for old, new in ((state.nodes, newest), (state.q, q), (state.v, v))
             )
             token = torch.where((length > 0)[:, None], token, state.token)
         return MemoryState(position, token, newest, q, v, self.expand, levels, sequences.max_position)

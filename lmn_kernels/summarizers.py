@@ -197,6 +197,4 @@ def make_summarizer(
         return ConvSummarizer(embedding, bank, 1, init, **factory)
     if kind == "depthwise_separable":
         return DepthwiseSeparableSummarizer(embedding, bank, init, **factory)
-    raise ValueError(
-        f"summarizer: expected linear, conv, conv_mixed, depthwise_separable or a callable, got {kind!r}"
-    )
+    raise ValueError(f"summarizer: expected linear, conv, conv_mixed, depthwise_separable or a callable, got {kind!r}")

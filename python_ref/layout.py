@@ -278,11 +278,7 @@ class Layout:
         Below the tile's own level a tile has ``width >> level`` nodes, at its level and above it one:
         key (level, slot) of the tile at ``base`` is ``node(level, (base >> level) - 1 + slot)``.
         """
-        slots = [
-            (level, slot)
-            for level in range(1, self.levels + 1)
-            for slot in range(max(width >> level, 1))
-        ]
+        slots = [(level, slot) for level in range(1, self.levels + 1) for slot in range(max(width >> level, 1))]
         keys = tuple((level, slot, e) for level, slot in slots for e in range(stack_height(level, self.expand)))
         table = constant(keys, self.device).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]

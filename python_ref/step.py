@@ -75,9 +75,7 @@ def update(
     return levels
 
 
-def advance(
-    x: Tensor, old: Slots, merge: Merge, project: Callable[[Tensor], Tensor], expand: int, chain: int
-) -> Slots:
+def advance(x: Tensor, old: Slots, merge: Merge, project: Callable[[Tensor], Tensor], expand: int, chain: int) -> Slots:
     """The state after the tokens ``x [B, E]``; it shares no storage with the old one.
 
     Args:

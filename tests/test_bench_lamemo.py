@@ -198,9 +198,7 @@ def test_a_state_is_carried_through_the_whole_text(block: int) -> None:
     assert abs(F.cross_entropy(torch.cat(alone, 1).flatten(0, 1), ids[:, 1:].flatten()).item() - expected) > 1e-6
 
 
-def test_a_finished_training_is_collected(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_training_is_collected(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {**settings._PRESETS["paper-32"], "layers": 1, "batch": 2, "eval_batches": 1}
     monkeypatch.setitem(settings._PRESETS, "paper-32", tiny)
     monkeypatch.setattr(lamemo_training, "BLOCK", 8)

@@ -133,9 +133,7 @@ def test_a_red_gate_yields_no_number(operation: str, change: str, monkeypatch: p
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", ["position", "mask", "merge"])
-def test_a_fault_in_the_literal_form_is_found(
-    operation: str, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_in_the_literal_form_is_found(operation: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, memory = literal._scores, literal._memory_rows
 
     def beside(q: Any, k: Any, table: Any, bias: Any) -> Any:

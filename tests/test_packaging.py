@@ -183,9 +183,7 @@ def test_import_is_light_and_the_layer_runs(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LMN_KERNELS"))}
     command = [sys.executable, "-c", IMPORTED, str(site)]
-    done = subprocess.run(
-        command, cwd=elsewhere, env={**env, "PYTHONPATH": str(site)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=elsewhere, env={**env, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,7 +16,6 @@ from tests.variants import Variant
 F32 = torch.float32
 
 
-
 def step_(x, state, weights, *, slots=None, backend):
     """The method of a layer that has stepped before, and may remember what it found out then."""
     layer = layer_of(backend)

@@ -48,7 +48,11 @@ CASES = {
     "packed expander": (Sequences.packed(210, PACKED), 8, 2, 1, 1),
     "continued": (continued(Sequences.equal(2, 90), [200, 5]), 8, 2, 2, 0),
     "continued, padded, expander": (
-        continued(Sequences.padded(2, 60, torch.tensor([60, 9])), [63, 128]), 8, 1, 1, 1,
+        continued(Sequences.padded(2, 60, torch.tensor([60, 9])), [63, 128]),
+        8,
+        1,
+        1,
+        1,
     ),  # fmt: skip
 }
 

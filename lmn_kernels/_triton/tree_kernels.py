@@ -44,11 +44,33 @@ def tree_fwd_kernel(
     p_scale,  # [2, G, C]
     p_nodes,  # [m, node_rows, E]
     p_counter,  # [1], zero
-    tokens, sequences, length, carried, spare, node_rows, banks, first, last, base, below, table,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, FEW_BM: tl.constexpr, FEW_BN: tl.constexpr, FEW_BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    tokens,
+    sequences,
+    length,
+    carried,
+    spare,
+    node_rows,
+    banks,
+    first,
+    last,
+    base,
+    below,
+    table,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FEW: tl.constexpr,
+    FEW_BM: tl.constexpr,
+    FEW_BN: tl.constexpr,
+    FEW_BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Levels ``first … last-1``, from below; tiles of [FEW_BM, FEW_BN] where a level has at most FEW rows."""
     i_program, programs = tl.program_id(0), tl.num_programs(0)
@@ -61,13 +83,43 @@ def tree_fwd_kernel(
         at = (level, base, below, table, 0)
         if FEW > 0 and rows <= FEW:
             merge_level(
-                pointers, sizes, at, rows, i_program, programs,
-                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, FEW_BM, FEW_BN, FEW_BK, DOT, PRECISION,
+                pointers,
+                sizes,
+                at,
+                rows,
+                i_program,
+                programs,
+                E,
+                C,
+                TAPS,
+                HAS_SCALE,
+                HAS_TOKEN,
+                CHILDREN,
+                FEW_BM,
+                FEW_BN,
+                FEW_BK,
+                DOT,
+                PRECISION,
             )
         else:
             merge_level(
-                pointers, sizes, at, rows, i_program, programs,
-                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+                pointers,
+                sizes,
+                at,
+                rows,
+                i_program,
+                programs,
+                E,
+                C,
+                TAPS,
+                HAS_SCALE,
+                HAS_TOKEN,
+                CHILDREN,
+                BM,
+                BN,
+                BK,
+                DOT,
+                PRECISION,
             )
         below = base
         base += rows
@@ -85,11 +137,33 @@ def tree_bwd_kernel(
     p_grad_x,  # [M, E]
     p_grad_token,  # [S, E]
     p_counter,  # [1], zero
-    tokens, sequences, length, carried, spare, node_rows, banks, first, last, base, below, table,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, FEW_BM: tl.constexpr, FEW_BN: tl.constexpr, FEW_BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    tokens,
+    sequences,
+    length,
+    carried,
+    spare,
+    node_rows,
+    banks,
+    first,
+    last,
+    base,
+    below,
+    table,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FEW: tl.constexpr,
+    FEW_BM: tl.constexpr,
+    FEW_BN: tl.constexpr,
+    FEW_BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Levels ``last-1 … first`` send their gradients down; base, below and table are those of ``last-1``."""
     i_program, programs = tl.program_id(0), tl.num_programs(0)
@@ -103,13 +177,43 @@ def tree_bwd_kernel(
         at = (level, base, below, table, 0)
         if FEW > 0 and rows <= FEW:
             grad_level(
-                pointers, sizes, at, rows, i_program, programs,
-                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, FEW_BM, FEW_BN, FEW_BK, DOT, PRECISION,
+                pointers,
+                sizes,
+                at,
+                rows,
+                i_program,
+                programs,
+                E,
+                C,
+                TAPS,
+                HAS_SCALE,
+                HAS_TOKEN,
+                CHILDREN,
+                FEW_BM,
+                FEW_BN,
+                FEW_BK,
+                DOT,
+                PRECISION,
             )
         else:
             grad_level(
-                pointers, sizes, at, rows, i_program, programs,
-                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+                pointers,
+                sizes,
+                at,
+                rows,
+                i_program,
+                programs,
+                E,
+                C,
+                TAPS,
+                HAS_SCALE,
+                HAS_TOKEN,
+                CHILDREN,
+                BM,
+                BN,
+                BK,
+                DOT,
+                PRECISION,
             )
         base = below
         if level > 2:
@@ -126,10 +230,29 @@ def tree_block_fwd_kernel(
     p_bias,  # [G, C]
     p_scale,  # [2, G, C]
     p_nodes,  # [m, node_rows, E]
-    tokens, sequences, length, carried, spare, node_rows, banks, first, count, blocks, base, below,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, CHILDREN: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    tokens,
+    sequences,
+    length,
+    carried,
+    spare,
+    node_rows,
+    banks,
+    first,
+    count,
+    blocks,
+    base,
+    below,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``count`` levels from ``first`` on, of 2^SPAN nodes below them: sequences of equal length, a group each."""
     BANKS: tl.constexpr = C // E
@@ -150,8 +273,24 @@ def tree_block_fwd_kernel(
             for bank in range(bank0, bank0 + BANKS):
                 for col0 in range(0, E, BN):
                     merge_tile(
-                        pointers, sizes, at, row0, places * height, bank, col0,
-                        E, C, TAPS, HAS_SCALE, False, CHILDREN, BM, BN, BK, DOT, PRECISION,
+                        pointers,
+                        sizes,
+                        at,
+                        row0,
+                        places * height,
+                        bank,
+                        col0,
+                        E,
+                        C,
+                        TAPS,
+                        HAS_SCALE,
+                        False,
+                        CHILDREN,
+                        BM,
+                        BN,
+                        BK,
+                        DOT,
+                        PRECISION,
                     )
         below = base
         base += places_of(level, sizes, PAIRED) * height
@@ -164,10 +303,29 @@ def tree_block_bwd_kernel(
     p_scale,  # [2, G, C]
     p_total,  # [m, node_rows, E] gradients of the nodes, completed here
     p_grad_x,  # [M, E]
-    tokens, sequences, length, carried, spare, node_rows, banks, first, count, blocks, base, below,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, CHILDREN: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    tokens,
+    sequences,
+    length,
+    carried,
+    spare,
+    node_rows,
+    banks,
+    first,
+    count,
+    blocks,
+    base,
+    below,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The levels of `tree_block_fwd_kernel` from the top; base and below are those of the highest."""
     i_block = (tl.program_id(0) % blocks).to(tl.int64)
@@ -181,8 +339,23 @@ def tree_block_bwd_kernel(
         place0, places = block_of(level, SPAN - count + step, i_block, sequence, sizes)
         at = (level, base, below, base, place0)
         grad_level(
-            pointers, sizes, at, places * under, 0, 1,
-            E, C, TAPS, HAS_SCALE, False, CHILDREN, BM, BN, BK, DOT, PRECISION,
+            pointers,
+            sizes,
+            at,
+            places * under,
+            0,
+            1,
+            E,
+            C,
+            TAPS,
+            HAS_SCALE,
+            False,
+            CHILDREN,
+            BM,
+            BN,
+            BK,
+            DOT,
+            PRECISION,
         )
         base = below
         if level > 2:
@@ -198,9 +371,25 @@ def tree_bwd_kernel_weight(
     p_nodes,  # [m, node_rows, E]
     p_total,  # [m, node_rows, E] completed gradients of the nodes
     p_partial,  # [splits, G, TAPS, 2C, C] float32
-    tokens, sequences, length, carried, spare, node_rows, banks, levels, splits,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_TOKEN: tl.constexpr, CHILDREN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    tokens,
+    sequences,
+    length,
+    carried,
+    spare,
+    node_rows,
+    banks,
+    levels,
+    splits,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A tile of ``Σ child ⊗ grad of its parent`` over the split's share of the rows of every level."""
     BANKS: tl.constexpr = C // E

@@ -21,8 +21,13 @@ PAIRED, EQUAL, TABLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def as_sizes(tokens, sequences, length, carried, spare, node_rows, banks):
     return (
-        tokens.to(tl.int64), sequences.to(tl.int64), length.to(tl.int64), carried.to(tl.int64), spare.to(tl.int64),
-        node_rows.to(tl.int64), banks.to(tl.int64),
+        tokens.to(tl.int64),
+        sequences.to(tl.int64),
+        length.to(tl.int64),
+        carried.to(tl.int64),
+        spare.to(tl.int64),
+        node_rows.to(tl.int64),
+        banks.to(tl.int64),
     )
 
 
@@ -71,10 +76,24 @@ def row_pointers(p_x, p_token, p_nodes, row, tokens, first, E: tl.constexpr, HAS
 
 @triton.jit
 def merge_tile(
-    pointers, sizes, at, row0, rows, bank, col0,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    pointers,
+    sizes,
+    at,
+    row0,
+    rows,
+    bank,
+    col0,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Nodes: rows ``row0 …`` (of ``rows``, counted from the first place owned) and columns of a bank."""
     p_x, p_token, p_table, p_weight, p_bias, p_scale, p_nodes = pointers
@@ -136,10 +155,23 @@ def merge_tile(
 
 @triton.jit
 def merge_level(
-    pointers, sizes, at, rows, i_first, i_stride,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    pointers,
+    sizes,
+    at,
+    rows,
+    i_first,
+    i_stride,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The tiles of a level that fall to a program: every ``i_stride``-th from ``i_first`` on."""
     COLS: tl.constexpr = (E + BN - 1) // BN
@@ -148,17 +180,48 @@ def merge_level(
         row0 = ((i_tile // COLS) % row_tiles).to(tl.int64) * BM
         bank = (i_tile // (COLS * row_tiles)).to(tl.int64)
         merge_tile(
-            pointers, sizes, at, row0, rows, bank, i_tile % COLS * BN,
-            E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+            pointers,
+            sizes,
+            at,
+            row0,
+            rows,
+            bank,
+            i_tile % COLS * BN,
+            E,
+            C,
+            TAPS,
+            HAS_SCALE,
+            HAS_TOKEN,
+            CHILDREN,
+            BM,
+            BN,
+            BK,
+            DOT,
+            PRECISION,
         )
 
 
 @triton.jit
 def grad_tile(
-    pointers, sizes, at, row0, rows, unit, side, col0,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    pointers,
+    sizes,
+    at,
+    row0,
+    rows,
+    unit,
+    side,
+    col0,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """What nodes send to their children, rows and columns of the bank ``unit``; to x, the sum over banks."""
     p_table, p_weight, p_scale, p_total, p_grad_x, p_grad_token = pointers
@@ -224,10 +287,23 @@ def grad_tile(
 
 @triton.jit
 def grad_level(
-    pointers, sizes, at, rows, i_first, i_stride,
-    E: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    CHILDREN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    pointers,
+    sizes,
+    at,
+    rows,
+    i_first,
+    i_stride,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`merge_level` for gradients; a tile belongs to a side too, or writes both where there is a scale."""
     COLS: tl.constexpr = (E + BN - 1) // BN
@@ -238,8 +314,25 @@ def grad_level(
         row0 = ((i_tile // (SIDES * COLS)) % row_tiles).to(tl.int64) * BM
         unit = (i_tile // (SIDES * COLS * row_tiles)).to(tl.int64)
         grad_tile(
-            pointers, sizes, at, row0, rows, unit, (i_tile // COLS) % SIDES, i_tile % COLS * BN,
-            E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+            pointers,
+            sizes,
+            at,
+            row0,
+            rows,
+            unit,
+            (i_tile // COLS) % SIDES,
+            i_tile % COLS * BN,
+            E,
+            C,
+            TAPS,
+            HAS_SCALE,
+            HAS_TOKEN,
+            CHILDREN,
+            BM,
+            BN,
+            BK,
+            DOT,
+            PRECISION,
         )
 
 
