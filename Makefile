@@ -10,7 +10,7 @@ CUDA_HOME ?= /usr/local/cuda
 BIN := .venv/bin
 READY := .venv/.ready
 # Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
-INTERPRETED := tests/test_triton_attention.py tests/test_triton_look_ahead.py tests/test_triton_tree.py
+INTERPRETED := tests/kernels/test_triton_attention.py tests/kernels/test_triton_look_ahead.py tests/kernels/test_triton_tree.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ lint: $(READY) ## ruff, its formatting, and mypy
 	$(BIN)/mypy
 
 demo: $(READY) ## train a small language model on Python's own sources
-	$(BIN)/python -m bench.train_lm --preset demo --data stdlib --out runs/demo
+	$(BIN)/python -m bench.lm.train_lm --preset demo --data stdlib --out runs/demo
 
 bench: $(READY) ## the quick form of the runs that compare speed and memory, and what can run here
 	$(BIN)/python -m bench list
@@ -40,7 +40,7 @@ bench: $(READY) ## the quick form of the runs that compare speed and memory, and
 cuda-build: ## compile the CUDA half for all architectures, without a GPU (about 5 GB of packages)
 	@test -x .venv-cuda/bin/ninja || { $(PYTHON) -m venv .venv-cuda && \
 	  .venv-cuda/bin/python -m pip --disable-pip-version-check -qq install '$(TORCH_CUDA)' numpy setuptools wheel ninja tqdm; }
-	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python -m bench.cuda_build
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python -m bench.gpu.cuda_build
 
 clean: ## remove .venv, builds and caches; results in runs/ stay
 	rm -rf .venv .venv-cuda build dist *.egg-info lmn_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Benchmarks, and the main job: `python -m bench.train_lm` trains a small language model."""
+"""Benchmarks, and the main job: `python -m bench.lm.train_lm` trains a small language model."""

@@ -17,10 +17,10 @@ import torch
 
 from lmn_kernels import BackendError
 
-from . import report
+from .contenders.providers import PROBLEMS, REGISTRY
 from .errors import InputError, RunError
-from .providers import PROBLEMS, REGISTRY
-from .runner import Context, Run, execute
+from .measure.runner import Context, Run, execute
+from .report import report
 
 RUNS = (
     "kernels", "decode", "scaling", "memory", "paper-table1", "paper-fig9", "paper-fig10", "recall", "agreement",

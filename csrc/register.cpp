@@ -1,4 +1,4 @@
-// The operations update_, decode_ and step of lmn_kernels/_library.py: checks, and the call of either half.
+// The operations update_, decode_ and step of lmn_kernels/ops/library.py: checks, and the call of either half.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -35,7 +35,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = at::TensorList;
 
-// What the binary was built from and for. `_extension.py` looks for it in the file before it loads it.
+// What the binary was built from and for. `backend/extension.py` looks for it in the file before it loads it.
 const char kBuild[] = "lmn_kernels build: {\"version\": \"" LMN_STRING(LMN_VERSION) "\", \"torch\": \"" LMN_STRING(
     LMN_TORCH) "\", \"cuda\": \"" LMN_STRING(LMN_CUDA_VERSION) "\", \"archs\": \"" LMN_STRING(LMN_ARCHS) "\"}";
 

@@ -5,21 +5,21 @@ the place of self-attention in a block of yours. `LookAheadMemory` is LaMemo, th
 ``python -m lmn_kernels.info`` tells what runs where.
 """
 
+from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
-from ._backend import BackendError
-from ._info import info
 from ._version import __version__
-from .block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
-from .decoding import StepWeights, decode_, update_
-from .functional import attend, build_tree, look_ahead_attend
-from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
-from .look_ahead_model import LookAheadLanguageModel, LookAheadMemory
-from .look_ahead_state import LookAheadState
-from .mixing import LogarithmicMixing
-from .sequences import Sequences
-from .state import MemoryState, load_states, save_states
-from .summarizers import LinearMapSummarizer
+from .backend.choice import BackendError
+from .backend.info import info
+from .layers.block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
+from .layers.look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
+from .layers.look_ahead_model import LookAheadLanguageModel, LookAheadMemory
+from .layers.mixing import LogarithmicMixing
+from .layers.summarizers import LinearMapSummarizer
+from .ops.functional import attend, build_tree, look_ahead_attend
+from .ops.step import StepWeights, decode_, update_
+from .states.look_ahead import LookAheadState
+from .states.memory import MemoryState, load_states, save_states
 
 __all__ = [
     "BackendError",

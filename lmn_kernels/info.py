@@ -1,8 +1,8 @@
-"""``python -m lmn_kernels.info``: print what `lmn_kernels.info` returns."""
+"""``python -m lmn_kernels.info``: as ``python -m lmn_kernels``."""
 
 import sys
 
-from ._info import info
+from .backend.info import info
 
 if __name__ == "__main__":
     print(info())

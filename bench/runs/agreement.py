@@ -27,17 +27,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.checkpoint import Checkpoint
-from bench.corpora import Corpus, load
 from bench.errors import InputError
-from bench.generate import load_model
-from bench.journal import Row
-from bench.models import RECURRENT, LogMem, ModelConfig, build
-from bench.runner import Case, Context
-from bench.terminal import table
-from bench.train_lm import CHECKPOINT
+from bench.lm.checkpoint import Checkpoint
+from bench.lm.corpora import Corpus, load
+from bench.lm.generate import load_model
+from bench.lm.models import RECURRENT, LogMem, ModelConfig, build
+from bench.lm.train_lm import CHECKPOINT
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import table
 from lmn_kernels import LogarithmicMemory
-from lmn_kernels._backend import why_not
+from lmn_kernels.backend.choice import why_not
 
 TOKENS = 16_384
 QUICK_TOKENS = 512
@@ -61,7 +61,7 @@ DTYPE_SEQUENTIAL = "bfloat16 sequential and float32 parallel"
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--checkpoint", help="of bench.train_lm (default: LogMem of paper-table1; --quick: a model without training)")
+    add("--checkpoint", help="of bench.lm.train_lm (default: paper-table1's LogMem; --quick: a model without training)")
     add("--tokens", type=int, default=TOKENS, help=f"default: {TOKENS}; --quick takes {QUICK_TOKENS} at most")
     add("--data", help="tinyshakespeare (default; --quick: stdlib), stdlib, or the path of a UTF-8 text file")
 

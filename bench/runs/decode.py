@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.close import error
+from bench.contenders import recurrent
+from bench.contenders.aten_step import AtenStep
+from bench.contenders.shapes import Shape
+from bench.contenders.streams import CachedAttention, Recurrent
 from bench.errors import InputError
-from bench.journal import Row
-from bench.peers import recurrent
-from bench.peers.aten_step import AtenStep
-from bench.peers.streams import CachedAttention, Recurrent
-from bench.runner import Case, Context
-from bench.shapes import Shape
-from bench.terminal import table
-from bench.timing import pair_ratio
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.measure.timing import pair_ratio
+from bench.report.terminal import table
 from lmn_kernels import LogarithmicMixing, MemoryState, decode_
-from lmn_kernels._backend import why_not
-from tests.close import error
+from lmn_kernels.backend.choice import why_not
 
 POSITIONS = (1 << 10, 1 << 15, 1 << 20)
 LAYERS = (
@@ -323,7 +323,7 @@ def _bandwidth(total: float) -> float:
 
 def cases(context: Context) -> list[Case]:
     if context.device.type != "cpu":
-        raise InputError(f"device: expected cpu, got {context.device}: bench.gpu_check times decoding on a GPU")
+        raise InputError(f"device: expected cpu, got {context.device}: bench.gpu.check times decoding on a GPU")
     turns = 3 if context.quick else 12
     positions = POSITIONS[:2] if context.quick else POSITIONS
     found = []

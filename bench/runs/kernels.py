@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.comparison import Comparison, Limits
-from bench.gate import FORWARD, TRAINING
-from bench.journal import Row
-from bench.problems import OPERATIONS
-from bench.providers import REGISTRY
-from bench.runner import Case, Context
-from bench.shapes import SHAPES, Shape
-from bench.terminal import timed_table
+from bench.contenders.problems import OPERATIONS
+from bench.contenders.providers import REGISTRY
+from bench.contenders.shapes import SHAPES, Shape
+from bench.measure.comparison import Comparison, Limits
+from bench.measure.gate import FORWARD, TRAINING
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import timed_table
 
 CPU_SHAPES = [SHAPES["P"], Shape("S", 1, 4096, 256, 4, 1), Shape("W", 1, 2048, 512, 8, 1)]
 QUICK_SHAPES = [Shape("quick", 2, 256, 32, 4, 2)]

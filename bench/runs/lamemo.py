@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.comparison import Comparison, Limits
-from bench.gate import FORWARD, TRAINING
-from bench.journal import Row
-from bench.look_ahead import OPERATIONS, LookAheadShape
-from bench.provider import OURS
-from bench.providers import REGISTRY
-from bench.runner import Case, Context
-from bench.terminal import memory_table, timed_table, where
+from bench.contenders.look_ahead import OPERATIONS, LookAheadShape
+from bench.contenders.provider import OURS
+from bench.contenders.providers import REGISTRY
+from bench.measure.comparison import Comparison, Limits
+from bench.measure.gate import FORWARD, TRAINING
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import memory_table, timed_table, where
 
 # In the first one ours must be no worse than the literal form.
 CPU_SHAPES = [

@@ -3,7 +3,7 @@
 E = 32, four layers, blocks of 128 characters and as many rows of memory; the other settings are those of the preset
 ``paper-32``. The feed-forwards of the others are so wide that they have as many parameters as LogMem.
 
-A case is one training by `bench.train_lm` in ``<scratch>/<model>-<steps>-<seed>``, taken up or collected as in
+A case is one training by `bench.lm.train_lm` in ``<scratch>/<model>-<steps>-<seed>``, taken up or collected as in
 ``paper-table1``. Rows are those of that run without the paper's figures, and have besides: ``validation_read``, how
 the validation loss was taken, and, for LogMem, ``validation_carried``, that of the streams which the recurrent models
 are asked about, with the state carried along them.
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.corpora import load, streams
-from bench.generate import load_model
-from bench.journal import Row
-from bench.models import RECURRENT, LogMem
-from bench.report_tables import over_seeds
-from bench.runner import Case, Context
-from bench.settings import resolve
-from bench.terminal import table
-from bench.train_lm import CHECKPOINT
-from bench.trainings import Training, digest_of, flags
+from bench.lm.corpora import load, streams
+from bench.lm.generate import load_model
+from bench.lm.models import RECURRENT, LogMem
+from bench.lm.settings import resolve
+from bench.lm.train_lm import CHECKPOINT
+from bench.lm.trainings import Training, digest_of, flags
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.tables import over_seeds
+from bench.report.terminal import table
 from lmn_kernels import MemoryState
 
 NAMES = {"lamemo": "LaMemo", "transformer-xl": "Transformer-XL", "gpt2": "GPT-2", "logmem": "LogMem"}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.comparison import Limits
-from bench.journal import Row
-from bench.runner import Case, Context
-from bench.runs import scaling
-from bench.terminal import memory_table
+from bench.measure.comparison import Limits
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import memory_table
+
+from . import scaling
 
 # Not the GRU: on a CPU it is millions of small operations, whose record takes gigabytes.
 PROVIDERS = tuple(name for name in scaling.PROVIDERS if name != "GRU")

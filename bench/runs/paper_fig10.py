@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from bench.comparison import Comparison
-from bench.footprint import tensor_bytes
-from bench.journal import Row
-from bench.runner import Case, Context
-from bench.runs import paper_fig9 as fig9
-from bench.terminal import memory_table
+from bench.measure.comparison import Comparison
+from bench.measure.footprint import tensor_bytes
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import memory_table
 from lmn_kernels import LogarithmicMixing
+
+from . import paper_fig9 as fig9
 
 
 def add_arguments(add: Callable[..., Any]) -> None:

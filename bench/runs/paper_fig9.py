@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.comparison import Comparison, Limits
-from bench.gate import FORWARD
-from bench.journal import Row
-from bench.peers.streams import CachedAttention, RecomputedAttention
-from bench.runner import Case, Context
-from bench.shapes import Shape
-from bench.terminal import timed_table
-from bench.timing import spread
+from bench.close import TOLERANCE, error
+from bench.contenders.shapes import Shape
+from bench.contenders.streams import CachedAttention, RecomputedAttention
+from bench.measure.comparison import Comparison, Limits
+from bench.measure.gate import FORWARD
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.measure.timing import spread
+from bench.report.terminal import timed_table
 from lmn_kernels import LogarithmicMixing
-from lmn_kernels._backend import why_not
-from tests.close import TOLERANCE, error
+from lmn_kernels.backend.choice import why_not
 
 SHAPE = Shape("", 1, 1, 32, 1, 1)
 PARALLEL = ("ours", "materialised", "sdpa-math", "sdpa-flash")

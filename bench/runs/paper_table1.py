@@ -1,6 +1,6 @@
 """The paper's Table 1: GPT-2, LogMem, TinyLogMem and ExpSum trained on Tiny Shakespeare.
 
-A case is one training by `bench.train_lm`, with its preset, in ``<scratch>/<model>-<embedding>-<seed>``. What is in
+A case is one training by `bench.lm.train_lm`, with its preset, in ``<scratch>/<model>-<embedding>-<seed>``. What is in
 that folder already, a finished training or a checkpoint, is taken as it is where its settings and its corpus are
 those of the case; so trainings of hours may come from elsewhere. A rehearsal (``--quick``) always trains; the command
 line gives it a folder of its own. Parameters are float32 throughout, as the paper's.
@@ -18,11 +18,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from bench.journal import Row
-from bench.runner import Case, Context
-from bench.settings import resolve
-from bench.terminal import table
-from bench.trainings import Training, digest_of, flags
+from bench.lm.settings import resolve
+from bench.lm.trainings import Training, digest_of, flags
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import table
 
 # Parameters, losses on the training and the validation split (specification, section 7).
 PAPER: dict[tuple[int, str], tuple[int, float, float]] = {

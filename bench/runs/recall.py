@@ -1,6 +1,6 @@
 """What summarising loses: exact recall of key-value pairs over distances 2^0 to 2^14, against a GPT-2 of equal size.
 
-A variant is trained on streams of `bench.recall_task` whose distances are even in log2, then asked on fixed streams.
+A variant is trained on streams of `bench.lm.recall_task` whose distances are even in log2, then asked on fixed streams.
 Rows of a variant:
 
 - ``by`` ``"distance"``: ``distance``, ``pairs`` (how many the streams held), ``accuracy``, ``queries``, ``chance``
@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.checkpoint import write_file
-from bench.environment import describe
 from bench.errors import InputError, RunError
-from bench.journal import Row
-from bench.models import GPT2, LanguageModel, ModelConfig, build
-from bench.recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
-from bench.runner import Case, Context
+from bench.lm.checkpoint import write_file
+from bench.lm.models import GPT2, LanguageModel, ModelConfig, build
+from bench.lm.recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
+from bench.measure.environment import describe
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
 
 SAVE_EVERY = 30.0  # seconds
 # Of the test streams, the same for every variant and seed.
@@ -53,7 +53,7 @@ TEST_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained, in the words of `bench.models.ModelConfig`; ``reach`` is log2 of its longest distance."""
+    """What is trained, in the words of `bench.lm.models.ModelConfig`; ``reach`` is log2 of its longest distance."""
 
     model: str = "logmem"
     bank: int = 1

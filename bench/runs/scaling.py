@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy
 
-from bench.comparison import Comparison, Limits
-from bench.gate import FORWARD, TRAINING
-from bench.journal import Row
-from bench.runner import Case, Context
-from bench.shapes import Shape
-from bench.terminal import slope_table, timed_table
+from bench.contenders.shapes import Shape
+from bench.measure.comparison import Comparison, Limits
+from bench.measure.gate import FORWARD, TRAINING
+from bench.measure.journal import Row
+from bench.measure.runner import Case, Context
+from bench.report.terminal import slope_table, timed_table
 
 # Of compiled forms every length is a compilation of its own; they are in `kernels`.
 PROVIDERS = (

@@ -43,7 +43,7 @@ class Config(NamedTuple):
 
 
 # By head size rounded up to a power of two. Chosen so that nothing spills on sm_80 and sm_90
-# (`bench.compile_kernels`); not yet tuned on a GPU. Float32 products are not tensor-core products, hold
+# (`bench.gpu.compile_kernels`); not yet tuned on a GPU. Float32 products are not tensor-core products, hold
 # their operands in registers, and want small tiles; wider heads than these go to the reference.
 FORWARD = {
     16: Config(64, 64, 4, 2),

@@ -47,7 +47,7 @@ class Config(NamedTuple):
 
 
 # By head size rounded up to a power of two, chosen so that nothing spills on sm_80 and sm_90
-# (`bench.compile_kernels`); not yet tuned on a GPU. Float32 products hold their operands in registers: heads wider
+# (`bench.gpu.compile_kernels`); not yet tuned on a GPU. Float32 products hold their operands in registers: heads wider
 # than these go to the reference.
 CONFIGS = {
     "forward": {16: Config(64, 8, 2), 32: Config(64, 8, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},

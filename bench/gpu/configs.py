@@ -1,0 +1,240 @@
+"""Every configuration of every kernel, alone, against the float64 reference.
+
+Configurations are run at the sizes that they are made for. Off a GPU this needs ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.close import TOLERANCE, assert_close, assert_same_gradients, error
+from lmn_kernels import LinearMerge, Sequences
+from python_ref import attention as ref_attention
+from python_ref import tree as ref_tree
+from python_ref.layout import Layout, level_count, stack_height
+
+from .stage import Report, Settings, Skipped, case
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FORMS = ("equal", "odd", "padded", "packed", "continued")
+
+
+def sequences_of(form: str, length: int, device: torch.device) -> Sequences:
+    """A batch of the form whose longest sequence has ``length`` tokens."""
+
+    def ids(*values: int) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    if form == "equal":
+        return Sequences.equal(2, length)
+    if form == "odd":
+        return Sequences.equal(3, length - 1 + length % 2)
+    if form == "padded":
+        return Sequences.padded(3, length, ids(length, 0, length // 3))
+    if form == "packed":
+        return Sequences.packed(2 * length + 10, ids(0, 3, 3, length, length + 1, 2 * length))
+    before = 2 * length + 3
+    return Sequences.equal(2, length).after(ids(before, 5), before, level_count(before))
+
+
+def layout_of(sequences: Sequences, expand: int, device: torch.device) -> Layout:
+    where = (sequences.spans, sequences.carried_levels, device)
+    return Layout(sequences.tokens, sequences.count, expand, sequences.max_position, *where)
+
+
+def triton_or_skip(settings: Settings) -> None:
+    """The Triton kernels run on this device, or the stage is skipped.
+
+    Raises:
+        Skipped: it is a CPU, and no interpreter is set up.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    if settings.device != "cuda" and not interpreted:
+        raise Skipped("Triton kernels need a CUDA device, or triton and TRITON_INTERPRET=1")
+
+
+class AttendCase(NamedTuple):
+    dtype: torch.dtype
+    width: int
+
+    def __str__(self) -> str:
+        return f"attend {str(self.dtype).removeprefix('torch.')} heads of {self.width}"
+
+
+def attend_cases(settings: Settings) -> list[AttendCase]:
+    from lmn_kernels._triton import attention as kernels
+
+    found = []
+    for dtype in DTYPES:
+        single = dtype == torch.float32
+        forward, backward = (
+            (kernels.FORWARD_FLOAT32, kernels.BACKWARD_FLOAT32) if single else (kernels.FORWARD, kernels.BACKWARD)
+        )
+        found += [AttendCase(dtype, width) for width in sorted({*forward, *backward})]
+    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if settings.quick else found
+
+
+def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
+    """Errors of the forward and the backward in the configuration of ``given``, over three layouts."""
+    from lmn_kernels._triton import attention as kernels
+
+    dtype, width = given
+    forward = kernels.default_config("forward", width, dtype)
+    backward = kernels.default_config("backward", width, dtype)
+    values, gradients = TOLERANCE[dtype]
+    for form, expand in (("equal", 0), ("packed", 0), ("continued", 1)):
+        sequences = sequences_of(form, length, device)
+        layout = layout_of(sequences, expand, device)
+        heads, bank, tokens = 2, 2, sequences.tokens
+        token_qkv = torch.randn(tokens, 3 * heads * width, device=device).to(dtype)
+        node_qv = torch.randn(bank, layout.rows, 2 * heads * width, device=device).to(dtype)
+        grad = torch.randn(tokens, heads * width, device=device).to(dtype)
+        exact = token_qkv.double(), node_qv.double()
+        expected, expected_lse = ref_attention.attend(*exact, heads, layout)
+        want = ref_attention.attend_backward(grad.double(), *exact, expected, expected_lse, heads, layout)
+        out, lse = kernels.attend(token_qkv, node_qv, heads, layout, config=forward)
+        assert_close(f"{form} out", out, expected, values)
+        assert_close(f"{form} lse", lse, expected_lse, TOLERANCE[torch.float32][0])
+        got = kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout, config=backward)
+        for name, g, w in zip(("d_token_qkv", "d_node_qv"), got, want, strict=True):
+            assert_close(f"{form} {name}", g, w, gradients)
+            yield f"{form} {name}", error(g, w)
+        yield f"{form} out", error(out, expected)
+
+
+class TreeCase(NamedTuple):
+    """``launch`` is the kind of launch that must serve the case; ``form``, ``kind`` and E decide that it does."""
+
+    launch: str
+    dtype: torch.dtype
+    size: int
+    form: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"tree {self.launch} {str(self.dtype).removeprefix('torch.')} E={self.size} {self.form} {self.kind}"
+
+
+BLOCK_SIZES, ALL_SIZES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
+LAUNCH_SIZES = {"level": ALL_SIZES, "tail": ALL_SIZES, "block": BLOCK_SIZES, "weight": ALL_SIZES}
+# Elements from which on a level has a launch of its own: every level, or none.
+TAIL_ELEMENTS = {"level": 0, "library": 0, "tail": 1 << 62}
+
+
+def tree_cases(settings: Settings) -> list[TreeCase]:
+    """Every table entry in every dtype with the plain summarizer, and every other summarizer at E = 64.
+
+    Raises:
+        AssertionError: the tables have entries that this list does not know of.
+    """
+    from lmn_kernels._triton import tree as kernels
+
+    listed = {kind: len(tilings) for kind, tilings in kernels.configs().items()}
+    expected = {kind: 2 * len(sizes) for kind, sizes in LAUNCH_SIZES.items()}
+    assert listed == expected, f"the tree has configurations {listed}, this check runs {expected}"
+    # The weight kernel runs in every backward pass but those that the matrix library serves whole.
+    found = [
+        TreeCase(launch, dtype, size, form, "linear")
+        for launch, form in (("level", "packed"), ("tail", "continued"), ("block", "equal"))
+        for size in LAUNCH_SIZES[launch]
+        for dtype in DTYPES
+    ]
+    found += [TreeCase("library", dtype, 256, form, "linear") for dtype in DTYPES for form in ("equal", "odd")]
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in ("mixed", "separable", "expander"):
+            found += [TreeCase("tail", dtype, 64, "padded", kind), TreeCase("block", dtype, 64, "odd", kind)]
+    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if settings.quick else found
+
+
+def merge_of(kind: str, size: int, bank: int, device: torch.device) -> LinearMerge:
+    """Random weights under which a node varies as much as its children."""
+    groups, features = (1, bank * size) if kind == "mixed" else (bank, size)
+    taps = 2 if kind == "expander" else 1
+    rows = features if kind == "separable" else 2 * features
+    weight = torch.randn(groups, taps, rows, features, device=device) * (taps * rows) ** -0.5
+    scale = torch.randn(2, groups, features, device=device) * 0.5**0.5 if kind == "separable" else None
+    return LinearMerge(weight, torch.randn(groups, features, device=device) * 0.1, scale)
+
+
+def cast(merge: LinearMerge, dtype: torch.dtype) -> LinearMerge:
+    scale = None if merge.scale is None else merge.scale.to(dtype)
+    return LinearMerge(merge.weight.to(dtype), merge.bias.to(dtype), scale)
+
+
+def real_rows(layout: Layout) -> Tensor:
+    """``[rows]`` bool: rows that hold a node, new or carried."""
+    place = layout.tables()[4]
+    mask = torch.zeros(layout.rows, dtype=torch.bool, device=layout.device)
+    for level in range(1, layout.levels + 1):
+        end = int(place[level, -1]) * stack_height(level, layout.expand)
+        mask[layout.level_base[level] : layout.level_base[level] + end] = True
+    mask[layout.carry_base : layout.null_row] = True
+    return mask
+
+
+def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
+    """Errors of the nodes and of the worst gradient, and proof that the launch served them."""
+    from lmn_kernels._triton import tree as kernels
+
+    launch, dtype, size, form, kind = given
+    # An embedding that fills no tile where the tables allow it.
+    size = size if launch in ("block", "library") or kind != "linear" else size * 3 // 4 + (size == 256) * size // 2
+    bank, sequences = 2, sequences_of(form, length, device)
+    layout = layout_of(sequences, int(kind == "expander"), device)
+    merge = cast(merge_of(kind, size, bank, device), dtype)
+    exact = cast(merge, torch.float64)
+    x = torch.randn(sequences.tokens, size, device=device).to(dtype)
+    token = carried = None
+    if sequences.carried_levels is not None:
+        token = torch.randn(sequences.count, size, device=device).to(dtype)
+        carried = torch.randn(sequences.count, layout.carry_rows, bank, size, device=device).to(dtype)
+    real = real_rows(layout)
+    grad = torch.where(real[:, None], torch.randn(bank, layout.rows, size, device=device), 0).to(dtype)
+    past = (None if token is None else token.double(), None if carried is None else carried.double())
+    expected = ref_tree.build_tree(x.double(), exact, bank, *past, layout)
+    want = ref_tree.build_tree_backward(grad.double(), x.double(), expected, exact, past[0], layout)
+
+    used: set[str] = set()
+    config = kernels.config
+
+    def watched(kind: str, *args: Any, **options: Any) -> Any:
+        used.add(kind)
+        return config(kind, *args, **options)
+
+    elements = TAIL_ELEMENTS.get(launch, kernels.TAIL_ELEMENTS)
+    with mock.patch.object(kernels, "config", watched), mock.patch.object(kernels, "TAIL_ELEMENTS", elements):
+        nodes = kernels.build_tree(x, merge, bank, token, carried, layout)
+        got = kernels.build_tree_backward(grad, x, nodes, merge, token, layout)
+    values, gradients = TOLERANCE[dtype]
+    assert_close("nodes", nodes[:, real], expected[:, real], values)
+    names = ["x", "weight", "bias", "scale", "token", "carried"]
+    given_names = [name for name, w in zip(names, want, strict=True) if w is not None]
+    got_grads, want_grads = ([g for g in grads if g is not None] for grads in (got, want))
+    assert_same_gradients(given_names, got_grads, want_grads, gradients)
+    wanted = set() if launch == "library" else {launch, "weight"}
+    assert wanted <= used, f"expected launches {sorted(wanted)}, got {sorted(used)}"
+    yield "nodes", error(nodes[:, real], expected[:, real])
+    yield "gradients", max(error(g, w) for g, w in zip(got_grads, want_grads, strict=True))
+
+
+def configurations(settings: Settings, report: Report) -> None:
+    """Stage: every configuration alone."""
+    triton_or_skip(settings)
+    device = settings.torch_device
+    length = 20 if settings.quick else 1000
+    cases: list[AttendCase | TreeCase] = [*attend_cases(settings), *tree_cases(settings)]
+    for given in settings.mine(cases):
+        with case(report, str(given)) as row:
+            torch.manual_seed(0)
+            if isinstance(given, AttendCase):
+                errors = check_attend(given, length, device)
+            else:
+                errors = check_tree(given, length, device)
+            row["worst"], row["error"] = max(errors, key=lambda pair: pair[1])

@@ -1,0 +1,225 @@
+"""A stage of the GPU check: a function that runs in processes of its own.
+
+A kernel that faults spoils its process's CUDA context for good, and one that never ends cannot be
+interrupted from inside: so no stage shares a process with another, and a stage past its time is killed.
+What it reported until then is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+Item = TypeVar("Item")
+
+# Imported once by the server that stages are forked from. None of them touches a device when imported.
+PRELOAD = ["bench.gpu.programs", "bench.gpu.correctness", "bench.gpu.timings", "bench.gpu.decode_timings"]
+
+
+class Skipped(Exception):
+    """A stage has nothing to do here; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every stage is told.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        quick: tiny shapes.
+        out: folder for logs.
+        commit: what to record where the checkout is no git repository; None asks git.
+        compile_mode: ``mode`` of torch.compile for the compiled contender.
+        seconds: time that the stage has.
+        shard, shards: which share of its cases this process takes.
+    """
+
+    device: str
+    quick: bool
+    out: Path
+    commit: str | None = None
+    compile_mode: str = "default"
+    seconds: float = 60.0
+    shard: int = 0
+    shards: int = 1
+
+    @property
+    def backend(self) -> str:
+        """Named, never "auto": a silent fallback must not be checked or timed in place of the kernels."""
+        return "triton" if self.device == "cuda" else "reference"
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device, 0) if self.device == "cuda" else torch.device(self.device)
+
+    @property
+    def turn_seconds(self) -> float:
+        """Time for one comparison of contenders; in a rehearsal each has its fewest turns."""
+        return 0.0 if self.quick else 1.0
+
+    def mine(self, cases: list[Item]) -> list[Item]:
+        return cases[self.shard :: self.shards]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named part of the check.
+
+    Attributes:
+        name, what: for the command line.
+        kind: ``"facts"``, ``"check"`` (its failure turns the gate red) or ``"timing"`` (needs a gate that
+            is not red).
+        limit: seconds that it may take.
+        run: the work; a row with the key ``fault``, or an exception, makes the stage fail.
+        shards: processes that share its cases on a GPU, mostly to compile side by side.
+    """
+
+    name: str
+    what: str
+    kind: str
+    limit: float
+    run: Callable[[Settings, Report], None]
+    shards: int = 1
+
+
+@dataclass
+class Outcome:
+    """What became of a stage: ``ok``, ``failed``, ``skipped``, ``out of time`` or ``not run``."""
+
+    name: str
+    kind: str
+    status: str
+    message: str = ""
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def red(self) -> bool:
+        return self.kind == "check" and self.status in ("failed", "out of time")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextlib.contextmanager
+def case(report: Report, name: str) -> Iterator[Row]:
+    """One case of a check: its facts go into the row that is yielded, an exception becomes its fault."""
+    row: Row = {"case": name}
+    try:
+        yield row
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever a kernel throws is the finding
+        row["fault"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    report(row)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has a notation for."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _child(run: Callable[[Settings, Report], None], settings: Settings, sender: Connection) -> None:
+    # A group of its own, so that killing the stage ends what it started, too.
+    os.setpgid(0, 0)
+    with open(settings.out / "log.txt", "a") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
+    status, message = "ok", ""
+    try:
+        run(settings, lambda row: sender.send({key: _plain(value) for key, value in row.items()}))
+    except Skipped as reason:
+        status, message = "skipped", str(reason)
+    except BaseException as error:
+        traceback.print_exc()
+        status, message = "failed", f"{type(error).__name__}: {error}"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sender.send((status, message))
+    sender.close()
+
+
+def _kill(process: Any) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join(10)
+
+
+def run_stage(stage: Stage, settings: Settings, seconds: float) -> Outcome:
+    """Run a stage for at most ``seconds``."""
+    outcome = Outcome(stage.name, stage.kind, "ok")
+    start = time.monotonic()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    shards = stage.shards if settings.device == "cuda" else 1
+    running: dict[Connection, Any] = {}
+    try:
+        for shard in range(shards):
+            receiver, sender = context.Pipe(duplex=False)
+            told = replace(settings, seconds=seconds, shard=shard, shards=shards)
+            process = context.Process(target=_child, args=(stage.run, told, sender))
+            process.start()
+            sender.close()
+            running[receiver] = process
+        ends = _collect(running, outcome, start + seconds)
+    finally:
+        for process in running.values():
+            _kill(process)
+    outcome.seconds = round(time.monotonic() - start, 2)
+    faults = [f"{row.get('case', stage.name)}: {row['fault']}" for row in outcome.rows if "fault" in row]
+    broken = [message for status, message in ends if status == "failed"]
+    late = [message for status, message in ends if status == "out of time"]
+    if faults or broken:
+        outcome.status, outcome.message = "failed", "; ".join([*broken, *faults])
+    elif late:
+        outcome.status, outcome.message = "out of time", f"killed after {seconds:.0f} s"
+    elif ends and all(status == "skipped" for status, _ in ends):
+        outcome.status, outcome.message = "skipped", ends[0][1]
+    return outcome
+
+
+def _collect(running: dict[Connection, Any], outcome: Outcome, deadline: float) -> list[tuple[str, str]]:
+    """Rows into ``outcome`` until every process has ended; removes those that did."""
+    ends: list[tuple[str, str]] = []
+    while running:
+        ready = wait(list(running), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            ends += [("out of time", "")] * len(running)
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            try:
+                message = receiver.recv()
+            except EOFError:
+                process = running.pop(receiver)
+                process.join(10)
+                ends.append(("failed", f"the process died with exit status {process.exitcode}"))
+                continue
+            if isinstance(message, dict):
+                outcome.rows.append(message)
+                continue
+            ends.append(message)
+            process = running.pop(receiver)
+            process.join(10)
+            if process.is_alive():
+                _kill(process)
+    return ends

@@ -1,0 +1,1 @@
+"""Small language models: corpora, training, generation, serving."""

@@ -1,0 +1,1 @@
+"""How things are measured: clocks, memory, the gate, the journal."""

@@ -1,0 +1,1 @@
+"""The modules that users build networks of."""

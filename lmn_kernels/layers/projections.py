@@ -1,0 +1,87 @@
+"""Single-vector attention as a module: its four projections (specification, section 4)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from python_ref.checks import check_float, check_shape
+
+from .parameters import is_plain_linear
+
+
+class SingleVectorAttention(nn.Module):
+    """The projections q, k, v and out_proj, under the original's names.
+
+    Args:
+        embedding: E.
+        heads: H, a divisor of E.
+    """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, embedding: int, heads: int, device=None, dtype=None):
+        super().__init__()
+        if embedding % heads:
+            raise ValueError(f"heads: expected a divisor of embedding={embedding}, got {heads}")
+        self.embedding = embedding
+        self.heads = heads
+        for name in ("q", "k", "v", "out_proj"):
+            self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
+
+    def token_qkv(self, x: Tensor) -> Tensor:
+        """q, k and v of tokens by one product: ``[..., E]`` → ``[..., 3E]``."""
+        return self._project(x, self.q, self.k, self.v)
+
+    def node_qv(self, nodes: Tensor) -> Tensor:
+        """q and v of nodes by one product: ``[..., E]`` → ``[..., 2E]``."""
+        return self._project(nodes, self.q, self.v)
+
+    def has_plain_output(self) -> bool:
+        """Whether weight and bias are all there is to the output projection, the only part that is called."""
+        return is_plain_linear(self._modules["out_proj"])
+
+    def step_tensors(self) -> tuple[Tensor, ...]:
+        """Weight and bias of q, k, v and out_proj."""
+        modules: Any = self._modules
+        q, k, v, out = modules["q"], modules["k"], modules["v"], modules["out_proj"]
+        try:
+            # Not by attribute: Module.__getattr__ takes as long as the arithmetic of a small layer.
+            a, b, c, d = q._parameters, k._parameters, v._parameters, out._parameters
+            return (
+                a["weight"], a["bias"], b["weight"], b["bias"], c["weight"], c["bias"], d["weight"], d["bias"],
+            )  # fmt: skip
+        except KeyError:  # a parametrization makes it
+            return tuple(tensor for layer in (q, k, v, out) for tensor in (layer.weight, layer.bias))
+
+    @staticmethod
+    def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
+        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+
+    def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attention over a materialised memory tensor, for inspection and for code written for the original.
+
+        Args:
+            memory: ``[B, L, S, E]`` in the slot order of section 2, the current token first.
+            valid: ``[B, L, S]`` or ``[L, S]`` bool, which slots hold something; all where None.
+
+        Returns:
+            ``[B, L, E]``.
+        """
+        check_float("memory", memory)
+        check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
+        qv = self.node_qv(memory).unflatten(-1, (2, self.heads, -1))
+        k = self.k(memory[:, :, 0]).unflatten(-1, (self.heads, -1))
+        score = torch.einsum("blshd,blhd->blsh", qv[:, :, :, 0], k) / math.sqrt(self.embedding // self.heads)
+        if valid is not None:
+            score = score.masked_fill(~valid[..., None], -math.inf)
+        weight = torch.softmax(score, 2)
+        mixed = torch.einsum("blsh,blshd->blhd", weight, qv[:, :, :, 1])
+        return self.out_proj(mixed.flatten(2))

@@ -1,0 +1,200 @@
+"""Summarizers: how two nodes become one (specification, sections 1, 5 and 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from python_ref.tree import LinearMerge, expand_stack, merge_stacks
+
+from .parameters import parameter, weight_and_bias
+
+INITS = ("original", "variance_preserving")
+
+
+class LinearMapSummarizer(nn.Module):
+    """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight, bias, and a scale.
+
+        What a subclass does not give from its parameters as they lie is copied for every step.
+        """
+        weight, bias, scale = self.merge()
+        if scale is None:
+            return "linear", (weight[:, 0], bias)
+        return "separable", (weight[:, 0], bias, scale)
+
+    def merge(self) -> LinearMerge:
+        """The map as the operations take it."""
+        raise NotImplementedError(f"{type(self).__name__} must define merge()")
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left, right [..., m, E]`` → node ``[..., m, E]``."""
+        flat = [part.reshape(-1, 1, *part.shape[-2:]) for part in (left, right)]
+        return merge_stacks(self.merge(), *flat).reshape(left.shape)
+
+
+class Summarizer(LinearMapSummarizer):
+    """``S_b(left, right) = [left ; right] · W_b + c_b`` (section 1).
+
+    Attributes:
+        weight: ``[m, 2E, E]``. bias: ``[m, 1, E]``.
+    """
+
+    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(bank, 2 * embedding, embedding, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(bank, 1, embedding, device=device, dtype=dtype))
+        self.init = init
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.init == "original":
+            for parameter in (self.weight, self.bias):
+                nn.init.xavier_normal_(parameter)
+                parameter.mul_(0.1)
+        else:
+            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            nn.init.zeros_(self.bias)
+
+    def merge(self) -> LinearMerge:
+        return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not Summarizer.merge:
+            return super().step_form()  # a subclass knows better
+        return "linear", weight_and_bias(self)
+
+
+class ConvSummarizer(LinearMapSummarizer):
+    """``Conv1d(m·E, m·E, kernel 2, stride 2, groups)`` over the pair (section 6).
+
+    ``groups = m`` keeps the banks apart; ``groups = 1`` mixes them.
+    """
+
+    def __init__(self, embedding: int, bank: int, groups: int, init: str, device=None, dtype=None):
+        super().__init__()
+        size = bank * embedding
+        self.conv = nn.Conv1d(size, size, kernel_size=2, stride=2, groups=groups, device=device, dtype=dtype)
+        if init == "variance_preserving":
+            with torch.no_grad():
+                nn.init.normal_(self.conv.weight, std=(2 * size // groups) ** -0.5)
+                nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def merge(self) -> LinearMerge:
+        groups = self.conv.groups
+        # [G·C_out, C_in, 2] → [G, 2·C_in, C_out]: the left node's features first.
+        weight = self.conv.weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+        return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not ConvSummarizer.merge:
+            return super().step_form()  # a subclass knows better
+        return "pair", weight_and_bias(self._modules["conv"])
+
+
+class DepthwiseSeparableSummarizer(LinearMapSummarizer):
+    """``(a ⊙ left + b ⊙ right) · P + c`` per bank: half the arithmetic of the linear one (section 6).
+
+    Attributes:
+        scale: ``[2, m, E]``, a and b. weight: P ``[m, E, E]``. bias: c ``[m, E]``.
+    """
+
+    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(2, bank, embedding, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(bank, embedding, embedding, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(bank, embedding, device=device, dtype=dtype))
+        self.init = init
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The original has no code for this variant: its init is PyTorch's for such a pair of convolutions."""
+        if self.init == "original":
+            nn.init.uniform_(self.scale, -math.sqrt(0.5), math.sqrt(0.5))
+            bound = self.weight.shape[1] ** -0.5
+            nn.init.uniform_(self.weight, -bound, bound)
+            nn.init.uniform_(self.bias, -bound, bound)
+        else:
+            # cos² + sin² = 1: two independent children of equal variance mix to that variance.
+            angle = torch.empty_like(self.scale[0]).uniform_(0, 2 * math.pi)
+            self.scale.copy_(torch.stack([angle.cos(), angle.sin()]))
+            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            nn.init.zeros_(self.bias)
+
+    def merge(self) -> LinearMerge:
+        return LinearMerge(self.weight[:, None], self.bias, self.scale)
+
+    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+        if type(self).merge is not DepthwiseSeparableSummarizer.merge:
+            return super().step_form()  # a subclass knows better
+        return "separable", (*weight_and_bias(self), parameter(self, "scale"))
+
+
+class Expander(nn.Module):
+    """One ``ConvTranspose1d(E, E, 1+k)`` along the stack of a node, before it merges (section 6)."""
+
+    def __init__(self, embedding: int, expand: int, init: str, device=None, dtype=None):
+        super().__init__()
+        self.expand = expand
+        self.conv_transpose = nn.ConvTranspose1d(
+            embedding, embedding, kernel_size=1 + expand, device=device, dtype=dtype
+        )
+        if init == "variance_preserving":
+            with torch.no_grad():
+                # Entries inside a tall stack sum 1+k taps; those at its ends fewer.
+                nn.init.normal_(self.conv_transpose.weight, std=((1 + expand) * embedding) ** -0.5)
+                nn.init.zeros_(self.conv_transpose.bias)  # type: ignore[arg-type]
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
+        return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
+
+    def step_tensors(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution."""
+        return weight_and_bias(self._modules["conv_transpose"])
+
+    def fold(self, merge: LinearMerge) -> LinearMerge:
+        """This expander followed by a linear summarizer, as one linear map of two stacks."""
+        weight, bias, scale = merge
+        kernel, offset = self.conv_transpose.weight, self.conv_transpose.bias
+        if scale is not None:
+            weight = torch.cat([part[:, None, :, None] * weight for part in scale], 2)
+        # Input features of a group: side (left, right), bank, embedding.
+        size = kernel.shape[1]
+        split = weight[:, 0].unflatten(1, (2, -1, size))
+        folded = torch.einsum("iot,gsboc->gtsbic", kernel, split).flatten(2, 4)
+        return LinearMerge(folded, bias + torch.einsum("o,gsboc->gc", offset, split), None)
+
+
+def make_summarizer(
+    kind: str | Callable[[Tensor, Tensor], Tensor], embedding: int, bank: int, init: str, device=None, dtype=None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The summarizer of a name of section 6, or the callable itself.
+
+    Raises:
+        ValueError: no summarizer or init of that name.
+        TypeError: neither a name nor a callable.
+    """
+    if init not in INITS:
+        raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    factory = {"device": device, "dtype": dtype}
+    if not isinstance(kind, str):
+        if not callable(kind):
+            raise TypeError(f"summarizer: expected a name or a callable (left, right) → node, got {kind!r}")
+        return kind
+    if kind == "linear":
+        return Summarizer(embedding, bank, init, **factory)
+    if kind == "conv":
+        return ConvSummarizer(embedding, bank, bank, init, **factory)
+    if kind == "conv_mixed":
+        return ConvSummarizer(embedding, bank, 1, init, **factory)
+    if kind == "depthwise_separable":
+        return DepthwiseSeparableSummarizer(embedding, bank, init, **factory)
+    raise ValueError(f"summarizer: expected linear, conv, conv_mixed, depthwise_separable or a callable, got {kind!r}")

@@ -1,0 +1,1 @@
+"""The operations: their public functions, checks, schemas, shape rules and gradients."""

@@ -1,0 +1,197 @@
+"""The public operations of the sequential form: tokens into a pool of states, in place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from python_ref.checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
+
+from ..backend import env
+from ..backend.choice import resolve, wanted
+from ..states.memory import MemoryState
+from .library import _OPS, STEP_REFERENCE
+
+
+class StepWeights(NamedTuple):
+    """A mixing layer as the step takes it: its parameters as they lie; see `LogarithmicMixing.step_weights`.
+
+    Attributes:
+        tensors: weight and bias of q, k, v and out_proj, ``[E, E]`` and ``[E]`` each; the summarizer's weight
+            and bias; the scale of a separable one; weight ``[E, E, 1+k]`` and bias ``[E]`` of an expander.
+        summarizer: how the summarizer's weight lies: ``"linear"`` ``[G, 2C, C]``, ``"pair"`` ``[G·C, C, 2]``
+            or ``"separable"`` ``[G, C, C]`` with a scale ``[2, G, C]``, for G groups of C = m·E/G features.
+        heads: H.
+        expand: k of the expander, 0 without one.
+        block: what a block puts around the mixing (section 5): nothing; the weight ``[E]`` of the RMSNorm
+            before it, and x is added behind it; or also that of the feed-forward's RMSNorm and its weights
+            and biases, ``[F, E] [F] [E, F] [E]``, SiLU in between.
+        eps: of each norm.
+    """
+
+    tensors: tuple[Tensor, ...]
+    summarizer: str
+    heads: int
+    expand: int
+    block: tuple[Tensor, ...] = ()
+    eps: tuple[float, ...] = ()
+
+
+def keeps(device_type: str, dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
+    """Whether the extension takes tokens of a dtype into a state of another."""
+    return state_dtype in (torch.float32, dtype) or (device_type == "cpu" and state_dtype == torch.bfloat16)
+
+
+def update_(
+    x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
+) -> None:
+    """Take tokens into a pool of states, in place (specification, section 3).
+
+    Level i of a row is summarised again iff bit i of ``(n-1) XOR n`` is set; everything else stays as it is,
+    to the bit. What is new is projected to its q and v.
+
+    Args:
+        x: ``[B, T, E]``, T tokens a row.
+        state: a pool of P slots with room for the new positions (``with_room``), outside of any graph.
+        weights: of the layer.
+        slots: ``[B]`` int32 or int64, the slot of each row, or -1 for a row that takes no part; distinct. None
+            for row b in slot b.
+        backend: ``"auto"``, ``"reference"`` or ``"cpp"``.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a slot or the name of the backend is wrong.
+        RuntimeError: a row has no room for its tokens (on the CPU: nothing has changed then; on CUDA, where
+            positions are not read back, the row's slot stays as it is and its output is NaN); or gradients
+            would be lost.
+        BackendError: the named backend cannot serve the call.
+    """
+    _run("update_", x, state, weights, slots, backend)
+
+
+def decode_(
+    x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Take tokens into a pool of states, in place, and attend at each of them (specification, sections 3 and 4).
+
+    Arguments and errors are those of `update_`.
+
+    Returns:
+        ``[B, T, E]`` in the dtype of x: the mixing layer's output, or the block's; 0 for rows whose slot is -1.
+    """
+    return _run("decode_", x, state, weights, slots, backend)
+
+
+def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str) -> Any:
+    check_tensor("x", x)
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+    tensors, summarizer, heads, expand, block, eps = weights
+    if state.expand != expand:
+        raise ValueError(f"state: expected one with expand={expand}, got {state.expand}")
+    if slots is not None:
+        # Before the dispatcher: of a device without values (meta) it would run nothing, and say nothing.
+        check_tensor("slots", slots)
+        check_device("slots", slots, x.device)
+    asked = wanted(backend, "step")
+    unfit = asked == "auto" and not keeps(x.device.type, x.dtype, state.token.dtype)
+    if unfit or resolve(backend, "step", x.device, x.dtype) == "reference":
+        _check(x, state, weights, slots)
+        run = STEP_REFERENCE[name]
+    else:
+        if x.is_cuda and env.debug():
+            _check_rows(x, state, slots)
+        run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
+    parts = (state.position, state.token, state.nodes, state.q, state.v)
+    y = run(x, slots, *parts, tensors, summarizer, heads, expand, block, eps)
+    state.note_tokens(x.shape[1])
+    return y
+
+
+def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None) -> None:
+    """What csrc/register.cpp checks, for the reference."""
+    check_float("x", x)
+    check_shape("x", x, (None, None, None), "[batch, tokens, embedding]")
+    size = x.shape[2]
+    pool, bank = state.batch_size, state.nodes.shape[2]
+    state.check_for(pool, size, bank, weights.expand, x.device)
+    for index, tensor in enumerate((*weights.tensors, *weights.block)):
+        check_float(f"weights[{index}]", tensor, x.dtype)
+        check_device(f"weights[{index}]", tensor, x.device)
+    _check_merge(weights, size, bank)
+    _check_block(weights, size)
+    for index in range(0, 8, 2):
+        check_shape(f"weights[{index}]", weights.tensors[index], (size, size), "[embedding, embedding]")
+        check_shape(f"weights[{index + 1}]", weights.tensors[index + 1], (size,), "[embedding]")
+    if weights.heads < 1 or size % weights.heads:
+        raise ValueError(f"heads: expected a divisor of embedding={size}, got {weights.heads}")
+    _check_rows(x, state, slots)
+
+
+def _check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
+    """Distinct slots with room for their tokens; read off the device where that is a CPU, or for `env.debug`."""
+    rows, pool = x.shape[0], state.batch_size
+    position = state.position
+    if slots is None:
+        if rows != pool:
+            raise ValueError(f"x: expected a row for each of {pool} slots, got {rows}")
+    else:
+        check_tensor("slots", slots)
+        check_device("slots", slots, x.device)
+        slots = slots.cpu() if env.debug() else slots
+        check_ids("slots", slots, (rows,), -1, pool - 1)
+        if not concrete(slots):
+            return
+        taken = slots[slots >= 0]
+        if len(taken.unique()) != len(taken):
+            raise ValueError(f"slots: expected each slot at most once, got {slots.tolist()}")
+        position = position[taken.to(position.device).long()]
+    position = position.cpu() if env.debug() else position
+    if concrete(position) and position.numel():
+        last = int(position.max()) + x.shape[1]
+        if last > state.capacity:
+            raise RuntimeError(
+                f"state: exhausted: expected positions of at most {state.capacity}, got {last}; "
+                "state.with_room(n) makes more"
+            )
+
+
+def _check_merge(weights: StepWeights, size: int, bank: int) -> None:
+    """The summarizer's tensors and the expander's, as `StepWeights` has them."""
+    kind, tensors, features = weights.summarizer, weights.tensors, bank * size
+    if kind not in ("linear", "pair", "separable"):
+        raise ValueError(f"summarizer: expected linear, pair or separable, got {kind!r}")
+    plain = 11 if kind == "separable" else 10
+    if len(tensors) not in (plain, plain + 2):
+        raise ValueError(f"weights: expected {plain} or {plain + 2} tensors, got {len(tensors)}")
+    check_shape("summarizer.weight", tensors[8], (None, None, None))
+    groups = features // max(tensors[8].shape[1], 1) if kind == "pair" else tensors[8].shape[0]
+    if groups < 1 or bank % groups:
+        raise ValueError(f"summarizer.weight: expected a divisor of bank={bank} groups, got {list(tensors[8].shape)}")
+    c = features // groups
+    shapes = {"linear": (groups, 2 * c, c), "pair": (features, c, 2), "separable": (groups, c, c)}
+    check_shape("summarizer.weight", tensors[8], shapes[kind])
+    for name, tensor, count in zip(("bias", "scale"), tensors[9:plain], (features, 2 * features), strict=False):
+        if tensor.numel() != count:
+            raise ValueError(f"summarizer.{name}: expected {count} elements, got shape {list(tensor.shape)}")
+    if len(tensors) > plain:
+        check_shape("expander.weight", tensors[plain], (size, size, 1 + weights.expand))
+        check_shape("expander.bias", tensors[plain + 1], (size,))
+    elif weights.expand:
+        raise ValueError(f"expand: expected 0 without an expander, got {weights.expand}")
+
+
+def _check_block(weights: StepWeights, size: int) -> None:
+    """What stands around the mixing, as `StepWeights` has it."""
+    block, eps = weights.block, weights.eps
+    if len(block) not in (0, 1, 6):
+        raise ValueError(f"block: expected 0, 1 or 6 tensors, got {len(block)}")
+    if len(eps) != min(len(block), 2):
+        raise ValueError(f"eps: expected {min(len(block), 2)} numbers, got {len(eps)}")
+    width = block[2].shape[0] if len(block) == 6 and block[2].dim() else 0
+    names = ("norm1.weight", "norm2.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    shapes = ((size,), (size,), (width, size), (width,), (size, width), (size,))
+    for name, tensor, shape in zip(names, block, shapes, strict=False):
+        check_shape(name, tensor, shape)

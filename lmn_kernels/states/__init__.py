@@ -1,0 +1,1 @@
+"""What layers remember between calls, in memory and in files."""

@@ -1,0 +1,260 @@
+"""The memory of a layer between calls: O(bank · log n) nodes per row, with their cached q and v."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from python_ref.checks import (
+    check_device,
+    check_float,
+    check_ids,
+    check_positive,
+    check_rows,
+    check_shape,
+    check_tensor,
+)
+from python_ref.layout import level_count, state_rows
+from python_ref.step import Slots, valid_rows
+
+from . import files
+
+MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
+_TENSORS = ("position", "token", "nodes", "q", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryState:
+    """What a layer remembers of B sequences, each at its own position (specification, section 3).
+
+    Layers never change a state: they return a new one that shares no storage with it, and gradients flow
+    through both. Only `restore` and what is named with an underscore behind it (``step_``, ``decode_``,
+    ``update_``) write in place; `detach`, and `to` where it changes nothing, share storage.
+    A state belongs to the parameters that made it: q and v are not projected again when those change.
+
+    Attributes:
+        position: ``[B]`` int64, tokens seen.
+        token: ``[B, E]`` the newest token, as the mixing layer saw it (behind its norm).
+        nodes: ``[B, R, m, E]`` the newest complete node of levels 1, 2, …, D: 1 + i·expand rows for
+            level i. Zero, and without effect, where position < 2^i.
+        q, v: ``[B, R, m, E]`` their projections.
+        expand: k of the expander, 0 without one.
+        levels: D, the levels that there is room for; layers make room as positions grow.
+        max_position: upper bound on every position, known without reading the device.
+    """
+
+    position: Tensor
+    token: Tensor
+    nodes: Tensor
+    q: Tensor
+    v: Tensor
+    expand: int
+    levels: int
+    max_position: int
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        embedding: int,
+        bank: int,
+        *,
+        expand: int = 0,
+        levels: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MemoryState:
+        """The state before the first token, with room for ``levels`` levels."""
+        check_positive("batch_size", batch_size, 0)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        shape = (batch_size, state_rows(levels, expand), bank, embedding)
+        nodes, q, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
+        return cls(position, token, nodes, q, v, expand, levels, 0)
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @property
+    def capacity(self) -> int:
+        """The last position that there is room for."""
+        return min((2 << self.levels) - 1, MAX_POSITION)
+
+    def valid(self) -> Tensor:
+        """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
+        return valid_rows(self.position, self.levels, self.expand)
+
+    def with_room(self, max_position: int) -> MemoryState:
+        """The same memory with room for all levels below ``max_position``.
+
+        Raises:
+            RuntimeError: the state is exhausted: positions would pass 2^62.
+        """
+        if max_position > MAX_POSITION:
+            raise RuntimeError(f"state: expected positions of at most 2^62 - 1, got up to {max_position}: exhausted")
+        if max_position >> (self.levels + 1) == 0:
+            return self
+        levels = level_count(max_position)
+        missing = state_rows(levels, self.expand) - state_rows(self.levels, self.expand)
+        grown = (torch.nn.functional.pad(part, (0, 0, 0, 0, 0, missing)) for part in (self.nodes, self.q, self.v))
+        nodes, q, v = grown
+        return replace(self, nodes=nodes, q=q, v=v, levels=levels)
+
+    def reorder(self, index: Tensor) -> MemoryState:
+        """Rows ``index [B']`` (int32 or int64, 0 … B-1) of this state, in that order; for beams and slots."""
+        check_tensor("index", index)
+        check_ids("index", index, tuple(index.shape[:1]), 0, self.batch_size - 1)
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def reset(self, rows: Tensor | None = None) -> MemoryState:
+        """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
+        if rows is None:
+            return replace(self._map(torch.zeros_like), max_position=0)
+        gone = check_rows(rows, self.batch_size, self.position.device)
+        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
+
+    def clone(self) -> MemoryState:
+        """A copy that shares no storage; gradients flow through."""
+        return self._map(torch.clone)
+
+    def detach(self) -> MemoryState:
+        """The same memory cut off from the graph: truncated back-propagation through time."""
+        return self._map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
+        """The state on a device, its nodes, q and v in a floating dtype; positions stay int64."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def snapshot(self) -> MemoryState:
+        """A detached copy, to `restore` from."""
+        return self.detach().clone()
+
+    def note_tokens(self, tokens: int) -> None:
+        """Raise ``max_position`` after an operation that took tokens in place; `capacity` bounds it in any case."""
+        if self.position.is_cuda and torch.cuda.is_current_stream_capturing():
+            tokens = self.capacity  # nobody is asked how often a graph is replayed
+        object.__setattr__(self, "max_position", min(self.max_position + tokens, self.capacity))
+
+    def restore(self, snapshot: MemoryState, rows: Tensor | None = None) -> MemoryState:
+        """Write a snapshot into this state's own tensors, whose addresses stay, and return the state.
+
+        Args:
+            snapshot: of as many rows as are written.
+            rows: ``[B']`` int32 or int64, distinct: which rows of this state to write, for slots of a pool;
+                all where None.
+
+        Raises:
+            TypeError, ValueError: the snapshot or ``rows`` does not fit, or the snapshot is deeper than this
+                state has room for.
+            RuntimeError: this state is part of a graph; detach it first.
+        """
+        if any(tensor.requires_grad for tensor in self._tensors()):
+            raise RuntimeError("state: expected one outside of any graph to restore into, got one that requires grad")
+        if not isinstance(snapshot, MemoryState):
+            raise TypeError(f"snapshot: expected a MemoryState, got {type(snapshot).__name__}")
+        if snapshot.expand != self.expand:
+            raise ValueError(f"snapshot: expected expand={self.expand}, got {snapshot.expand}")
+        if snapshot.levels < self.levels:
+            snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
+        count = self.batch_size
+        if rows is not None:
+            check_tensor("rows", rows)
+            check_shape("rows", rows, (None,), "[rows]")
+            check_ids("rows", rows, tuple(rows.shape), 0, self.batch_size - 1)
+            check_device("rows", rows, self.position.device)
+            count = len(rows)
+        for name, own, kept in zip(_TENSORS, self._tensors(), snapshot._tensors(), strict=True):
+            check_shape(f"snapshot.{name}", kept, (count, *own.shape[1:]))
+            check_device(f"snapshot.{name}", kept, own.device)
+        with torch.no_grad():
+            for own, kept in zip(self._tensors(), snapshot._tensors(), strict=True):
+                if rows is None:
+                    own.copy_(kept)
+                else:
+                    own.index_copy_(0, rows.long(), kept.to(own.dtype))
+        last = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
+        object.__setattr__(self, "max_position", last)
+        return self
+
+    def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
+        """Whether a layer with these sizes can continue from this state.
+
+        Raises:
+            TypeError: a tensor of the state has another kind of dtype.
+            ValueError: the state belongs to another layer or batch, or is on another device.
+        """
+        if self.expand != expand:
+            raise ValueError(f"state: expected one with expand={expand}, got {self.expand}")
+        if self.position.dtype != torch.int64:
+            raise TypeError(f"state.position: expected dtype int64, got {self.position.dtype}")
+        for name in ("token", "nodes", "q", "v"):
+            check_float(f"state.{name}", getattr(self, name))
+        rows = state_rows(self.levels, expand)
+        check_shape("state.position", self.position, (batch_size,), "[batch]")
+        check_shape("state.token", self.token, (batch_size, embedding), "[batch, embedding]")
+        for name in ("nodes", "q", "v"):
+            check_shape(
+                f"state.{name}",
+                getattr(self, name),
+                (batch_size, rows, bank, embedding),
+                "[batch, rows, bank, embedding]",
+            )
+        check_device("state", self.nodes, device)
+
+    def slots(self) -> Slots:
+        """The tensors, as the reference takes them."""
+        return Slots(self.position, self.token, self.nodes, self.q, self.v)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.slots()
+
+    def _map(self, function) -> MemoryState:
+        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+
+def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
+    """Write the states of a model's layers to one safetensors file, whole or not at all.
+
+    Raises:
+        TypeError: an element is no state.
+        OSError: the file cannot be written; an older file of that name is left as it was.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+    for index, state in enumerate(states):
+        if not isinstance(state, MemoryState):
+            raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
+    sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
+    tensors = {f"{layer}.{name}": getattr(state, name) for layer, state in enumerate(states) for name in _TENSORS}
+    files.save(path, "states", tensors, sizes)
+
+
+def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> list[MemoryState]:
+    """Read what `save_states` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no state file, or one of a layout version that this package does not know.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+
+    def build(sizes: list[dict[str, int]], tensor: Callable[[str], Tensor]) -> list[MemoryState]:
+        return [
+            MemoryState(*(tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
+            for layer, size in enumerate(sizes)
+        ]
+
+    return files.load(path, "states", device, build)

@@ -1,0 +1,114 @@
+"""The descriptor of a batch: which rows of x belong to which sequence, and from which position on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_ids, concrete
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences as spans of the rows of ``x [M, E]``.
+
+    Build one with `equal`, `padded`, `masked` or `packed`; `after` moves it behind a state.
+
+    Attributes:
+        tokens: M.
+        count: S, the number of sequences.
+        max_position: upper bound on the last position of any sequence; decides how many levels exist.
+        spans: ``[S, 3]`` int64 (first row, length, offset), or None for S fresh sequences of M/S tokens.
+            The offset is the number of tokens that a sequence saw before.
+        carried_levels: levels of carried nodes, or None where the sequences start from nothing.
+    """
+
+    tokens: int
+    count: int
+    max_position: int
+    spans: Tensor | None = None
+    carried_levels: int | None = None
+
+    @classmethod
+    def equal(cls, count: int, length: int) -> Sequences:
+        """``count`` sequences of ``length`` tokens, one after the other."""
+        return cls(count * length, count, length)
+
+    @classmethod
+    def padded(cls, count: int, length: int, lengths: Tensor) -> Sequences:
+        """Right-padded rows of ``length`` tokens; ``lengths [count]`` int32 or int64, 0 … length."""
+        check_ids("lengths", lengths, (count,), 0, length)
+        lengths = lengths.to(torch.int64)
+        start = torch.arange(count, device=lengths.device) * length
+        return cls(count * length, count, length, torch.stack([start, lengths, torch.zeros_like(start)], 1))
+
+    @classmethod
+    def masked(cls, mask: Tensor) -> Sequences:
+        """Left- or right-padded rows: ``mask [B, L]`` is True (or nonzero) on one run of tokens per row.
+
+        Raises:
+            TypeError: a floating mask.
+            ValueError: a row's tokens are not consecutive (checked where it costs no synchronisation).
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask: expected shape [batch, length], got {list(mask.shape)}")
+        if mask.is_floating_point():
+            # An additive mask means the opposite: 0 where a token is.
+            raise TypeError(f"attention_mask: expected bool or integers, nonzero at tokens, got {mask.dtype}")
+        mask = mask.to(torch.bool)
+        batch, length = mask.shape
+        before = torch.nn.functional.pad(mask, (1, 0))
+        runs = (mask & ~before[:, :-1]).sum(1)
+        if concrete(mask) and batch and int(runs.max()) > 1:
+            raise ValueError("attention_mask: expected one run of tokens per row, got a row with gaps")
+        start = mask.int().argmax(1) if length else torch.zeros(batch, device=mask.device)
+        start = start.to(torch.int64) + torch.arange(batch, device=mask.device) * length
+        spans = torch.stack([start, mask.sum(1), torch.zeros_like(start)], 1)
+        return cls(batch * length, batch, length, spans)
+
+    @classmethod
+    def packed(cls, tokens: int, cu_seqlens: Tensor, max_length: int | None = None) -> Sequences:
+        """Documents back to back: document s is rows ``cu_seqlens[s] … cu_seqlens[s+1]-1``.
+
+        Args:
+            tokens: rows of x; those from ``cu_seqlens[-1]`` on are padding.
+            cu_seqlens: ``[S+1]`` int32 or int64, ascending, from 0.
+            max_length: upper bound on a document's length; saves levels that no document reaches.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens: expected shape [documents + 1], got {list(cu_seqlens.shape)}")
+        check_ids("cu_seqlens", cu_seqlens, cu_seqlens.shape, 0, tokens)
+        bounds = cu_seqlens.to(torch.int64)
+        length = bounds.diff()
+        if concrete(cu_seqlens):
+            if int(bounds[0]) != 0:
+                raise ValueError(f"cu_seqlens: expected to start at 0, got {int(bounds[0])}")
+            if length.numel() and int(length.min()) < 0:
+                raise ValueError("cu_seqlens: expected ascending values, got a descent")
+            if max_length is not None and length.numel() and int(length.max()) > max_length:
+                raise ValueError(f"max_length: expected at least {int(length.max())}, got {max_length}")
+        spans = torch.stack([bounds[:-1], length, torch.zeros_like(length)], 1)
+        longest = tokens if max_length is None else min(max_length, tokens)
+        return cls(tokens, cu_seqlens.shape[0] - 1, longest, spans)
+
+    def after(self, position: Tensor, max_position: int, levels: int) -> Sequences:
+        """The same tokens, each sequence continuing at ``position [S]`` behind nodes of ``levels`` levels."""
+        if self.spans is None:
+            length = self.tokens // self.count if self.count else 0
+            index = torch.arange(self.count, device=position.device)
+            spans = torch.stack([index * length, torch.full_like(index, length), position], 1)
+        else:
+            spans = torch.cat([self.spans[:, :2], position[:, None]], 1)
+        return Sequences(self.tokens, self.count, self.max_position + max_position, spans, levels)
+
+    def is_token(self) -> Tensor | None:
+        """``[M]`` bool, False on rows of padding; None where every row is a token."""
+        if self.spans is None:
+            return None
+        start, length, _ = self.spans.unbind(1)
+        # +1 where a span begins, -1 behind its end: a row inside exactly one span sums to 1.
+        edge = torch.zeros(self.tokens + 1, dtype=torch.int64, device=start.device)
+        edge = edge.index_add(0, start, torch.ones_like(start)).index_add(0, start + length, -torch.ones_like(start))
+        return edge.cumsum(0)[: self.tokens] > 0

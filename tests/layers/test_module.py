@@ -1,0 +1,167 @@
+"""The drop-in face: constructor, names, checkpoints, inits, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lmn_kernels
+from bench.close import assert_close
+from lmn_kernels import ExpanderSummarizerLogarithmicMemory, LogarithmicMemory, LogarithmicMixing
+
+
+def test_constructors_take_the_original_arguments():
+    layer = LogarithmicMemory(8, 2, 3, False)
+    assert (layer.bank, layer.parallelize) == (3, False)
+    layer.parallelize = True
+    assert layer(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    wide = ExpanderSummarizerLogarithmicMemory(8, 2, 1, 2, True)
+    assert (wide.bank, wide.expand, wide.parallelize) == (1, 2, True)
+
+
+def test_parameter_names_and_shapes():
+    shapes = {name: tuple(p.shape) for name, p in ExpanderSummarizerLogarithmicMemory(8, 2, 3, 2).named_parameters()}
+    linear: dict[str, tuple[int, ...]] = {f"sva.{name}.weight": (8, 8) for name in ("q", "k", "v", "out_proj")}
+    linear |= {f"sva.{name}.bias": (8,) for name in ("q", "k", "v", "out_proj")}
+    assert shapes == linear | {
+        "norm1.weight": (8,),
+        "norm2.weight": (8,),
+        "summarizer.weight": (3, 16, 8),
+        "summarizer.bias": (3, 1, 8),
+        "expander.conv_transpose.weight": (8, 8, 3),
+        "expander.conv_transpose.bias": (8,),
+        "feedforward.fc1.weight": (32, 8),
+        "feedforward.fc1.bias": (32,),
+        "feedforward.fc2.weight": (8, 32),
+        "feedforward.fc2.bias": (8,),
+    }
+    conv = dict(LogarithmicMemory(8, 2, 3, summarizer="conv").named_parameters())
+    assert conv["summarizer.conv.weight"].shape == (24, 8, 2) and conv["summarizer.conv.bias"].shape == (24,)
+    mixed = dict(LogarithmicMemory(8, 2, 3, summarizer="conv_mixed").named_parameters())
+    assert mixed["summarizer.conv.weight"].shape == (24, 24, 2)
+
+
+def test_packed_notebook_checkpoint_loads_strictly_inside_a_model():
+    layer = LogarithmicMemory(8, 2, 3)
+    own = layer.state_dict()
+    packed = {name: value for name, value in own.items() if not name.startswith(("sva", "feedforward"))}
+    for part in ("weight", "bias"):
+        packed[f"qkv.{part}"] = torch.cat([own[f"sva.{name}.{part}"] for name in "qkv"])
+        packed[f"out_proj.{part}"] = own[f"sva.out_proj.{part}"]
+        packed[f"feedforward.0.{part}"] = own[f"feedforward.fc1.{part}"]
+        packed[f"feedforward.2.{part}"] = own[f"feedforward.fc2.{part}"]
+    packed["summarizer.bias"] = own["summarizer.bias"][None]
+    model = torch.nn.Sequential(torch.nn.Identity(), LogarithmicMemory(8, 2, 3))
+    renamed = {f"1.{name}": value for name, value in packed.items()}
+    before = set(renamed)
+    model.load_state_dict(renamed, strict=True)
+    assert set(renamed) == before, "the caller's dict is not ours to change"
+    x = torch.randn(2, 11, 8)
+    assert torch.equal(model(x), layer(x))
+
+
+def test_a_wrong_checkpoint_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        LogarithmicMemory(8, 2, 2).load_state_dict(LogarithmicMemory(8, 2, 3).state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        LogarithmicMemory(8).load_state_dict({})
+
+
+@pytest.mark.parametrize(("mult", "width"), [(4, 32), (1, 8), (0.5, 4)])
+def test_feedforward_of_any_width(mult, width):
+    layer = LogarithmicMemory(8, feedforward_mult=mult)
+    assert layer.feedforward.fc1.weight.shape == (width, 8)
+
+
+def test_without_a_feedforward_nothing_is_left_unused():
+    layer = LogarithmicMemory(8, feedforward_mult=0)
+    layer(torch.randn(2, 9, 8)).sum().backward()
+    assert layer.feedforward is None and layer.norm2 is None
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_original_init_is_xavier_by_pytorchs_rule_times_a_tenth():
+    torch.manual_seed(0)
+    layer = LogarithmicMemory(64, bank=4)
+    size, bank = 64, 4
+    # Fans of a 3-D tensor [m, 2E, E]: fan_in = 2E·E, fan_out = m·E; of [m, 1, E]: E and m·E.
+    weight = 0.1 * (2 / (2 * size * size + bank * size)) ** 0.5
+    bias = 0.1 * (2 / (size + bank * size)) ** 0.5
+    assert layer.summarizer.weight.std().item() == pytest.approx(weight, rel=0.05)
+    assert layer.summarizer.bias.std().item() == pytest.approx(bias, rel=0.2)
+
+
+@pytest.mark.parametrize("summarizer", ["linear", "conv", "conv_mixed", "depthwise_separable"])
+def test_variance_preserving_init_keeps_nodes_as_large_as_their_children(summarizer):
+    torch.manual_seed(0)
+    layer = LogarithmicMixing(64, bank=2, summarizer=summarizer, init="variance_preserving")
+    slots = layer.parallel(torch.randn(4, 1024, 64))[:, -1].detach()
+    deepest = slots[:, -2:].var().item()
+    assert 0.4 < deepest < 2.5
+    shrunk = LogarithmicMixing(64, bank=2, init="original").parallel(torch.randn(4, 1024, 64))[:, -1]
+    assert shrunk[:, -2:].var().item() < 0.1
+
+
+def test_variance_preserving_expander_neither_explodes_nor_vanishes():
+    torch.manual_seed(0)
+    layer = LogarithmicMixing(64, expand=1, init="variance_preserving")
+    slots = layer.parallel(torch.randn(2, 256, 64))[:, -1].detach()
+    assert 0.01 < slots[:, -9:].var().item() < 4
+
+
+def test_mixing_alone_serves_in_a_strangers_block():
+    mixing = LogarithmicMixing(16, 4, 2)
+    assert {name.split(".")[0] for name, _ in mixing.named_parameters()} == {"summarizer", "sva"}
+    block = LogarithmicMemory(16, 4, 2, feedforward_mult=0)
+    block.load_state_dict(mixing.state_dict(), strict=False)
+    x = torch.randn(2, 21, 16)
+    assert_close("block", block(x).detach(), (x + mixing(block.norm1(x))).detach(), 1e-6)
+
+
+def test_a_function_and_a_module_may_summarize():
+    plain = LogarithmicMixing(8, summarizer=lambda left, right: 0.5 * (left + right))
+    assert not any(name.startswith("summarizer") for name, _ in plain.named_parameters())
+    slots = plain.parallel(torch.arange(8.0)[None, :, None].expand(1, 8, 8))
+    assert_close("mean of eight tokens", slots[0, 7, 3], torch.full((8,), 3.5), 1e-6)
+
+
+def test_a_summarizer_of_the_wrong_shape_is_named():
+    layer = LogarithmicMixing(8, summarizer=lambda left, right: left[..., :4])
+    with pytest.raises(ValueError, match=r"summarizer: expected a node of shape .* got"):
+        layer(torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embedding": 0}, "embedding: expected an integer of at least 1, got 0"),
+        ({"embedding": 10, "heads": 3}, "heads: expected a divisor of embedding=10, got 3"),
+        ({"bank": 0}, "bank: expected an integer of at least 1, got 0"),
+        ({"summarizer": "quadratic"}, "summarizer: expected .* got 'quadratic'"),
+        ({"init": "zeros"}, "init: expected one of original, variance_preserving, got 'zeros'"),
+        ({"backend": "cudnn"}, "backend: expected one of .* got 'cudnn'"),
+        ({"feedforward_mult": -1}, "feedforward_mult: expected a number of at least 0, got -1"),
+    ],
+)
+def test_constructor_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LogarithmicMemory(**{"embedding": 8} | arguments)
+
+
+def test_expand_and_summarizer_of_wrong_kinds():
+    with pytest.raises(ValueError, match="expand: expected an integer of at least 0, got -1"):
+        ExpanderSummarizerLogarithmicMemory(8, expand=-1)
+    with pytest.raises(TypeError, match="summarizer: expected a name or a callable"):
+        LogarithmicMemory(8, summarizer=3)
+
+
+def test_what_the_package_promises_is_there():
+    for name in lmn_kernels.__all__:
+        assert getattr(lmn_kernels, name) is not None
+        assert lmn_kernels.__dict__[name].__doc__ or name == "__version__"
+
+
+def test_attention_of_a_memory_with_an_odd_number_of_slots_is_refused():
+    layer = LogarithmicMixing(8, bank=2)
+    with pytest.raises(ValueError, match="memory: expected whole levels of 2 banks, got 4 slots"):
+        layer.attention(torch.randn(1, 3, 4, 8))

@@ -1,0 +1,225 @@
+"""What a step must not overlook: a layer that is another one, tensors that are not plain, memory that is shared.
+
+Found by a review that tried to get wrong numbers out of a layer's plan (`lmn_kernels.layers.step_plan`).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.close import TOLERANCE, assert_close
+from lmn_kernels import LogarithmicMemory, LogarithmicMixing, MemoryState, decode_
+from lmn_kernels.backend import choice
+from lmn_kernels.layers.summarizers import Summarizer
+
+LIMIT = TOLERANCE[torch.float32][0]
+
+pytestmark = [
+    pytest.mark.ext,
+    pytest.mark.skipif(
+        choice.why_not("cpp", "step", torch.device("cpu"), torch.float32) is not None,
+        reason=f"{choice.why_not('cpp', 'step', torch.device('cpu'), torch.float32)}",
+    ),
+]
+
+
+def stepped(kind=LogarithmicMemory, **options) -> tuple[nn.Module, MemoryState]:
+    """A layer that has a plan, and its state."""
+    layer = kind(16, 2, 2, init="variance_preserving", **options).eval()
+    state = layer.init_state(3)
+    with torch.no_grad():
+        for x in torch.randn(3, 3, 1, 16):
+            _, state = layer.step(x, state)
+    return layer, state
+
+
+def reference(layer: nn.Module, x: Tensor, state: MemoryState) -> Tensor:
+    layer.step_backend = "reference"
+    try:
+        return layer.step(x, state)[0]
+    finally:
+        layer.step_backend = "auto"
+
+
+def doubled(forward):
+    return lambda *given: 2 * forward(*given)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+CHANGES = {
+    "eps": lambda layer: setattr(layer.norm1, "eps", 1.0),
+    "heads": lambda layer: setattr(layer, "heads", 4),
+    "a forward of its own": lambda layer: setattr(
+        layer.feedforward.fc1, "forward", doubled(layer.feedforward.fc1.forward)
+    ),
+    "another class": lambda layer: setattr(layer.feedforward.fc1, "__class__", Doubled),
+    "no feed-forward": lambda layer: (setattr(layer, "feedforward", None), setattr(layer, "norm2", None)),
+    "a parameter": lambda layer: setattr(layer.sva.q, "weight", nn.Parameter(torch.randn(16, 16))),
+    "its data": lambda layer: setattr(layer.sva.q.weight, "data", torch.randn(16, 16)),
+    "a module": lambda layer: setattr(layer.feedforward, "activation", nn.GELU()),
+    "a hook": lambda layer: layer.norm1.register_forward_hook(lambda module, given, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_layer_steps_as_it_is_now(change):
+    layer, state = stepped()
+    assert "_plan" in layer.__dict__
+    CHANGES[change](layer)
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad():
+        assert_close(change, layer.step(x, state)[0], reference(layer, x, state), LIMIT)
+
+
+def test_a_summarizer_that_knows_better():
+    class Halved(Summarizer):
+        def merge(self):
+            weight, bias, scale = super().merge()
+            return type(super().merge())(weight / 2, bias, scale)
+
+    layer = LogarithmicMixing(16, 2, 2, init="variance_preserving")
+    layer.summarizer = Halved(16, 2, "variance_preserving")
+    x, state = torch.randn(1, 9, 16), layer.init_state(1, max_position=9)
+    with torch.no_grad():
+        assert_close("y", layer.step_(x, state), layer(x), LIMIT)
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, given=(), options=None):
+        plain = torch.utils._pytree.tree_map_only(Wrapped, lambda t: t.inner, (given, options or {}))
+        found = function(*plain[0], **plain[1])
+        return Wrapped(found) if function is torch.ops.aten.detach.default else found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_tensors_without_memory_of_their_own():
+    layer, state = stepped(LogarithmicMixing)
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad():
+        for given in (torch._neg_view(x), torch._efficientzerotensor((3, 1, 16))):
+            assert_close("y", layer.step(given, state)[0], reference(layer, given.clone(), state), LIMIT)
+        expected = layer.step(x, state)[0]
+        layer.sva.q.weight = nn.Parameter(Wrapped(layer.sva.q.weight.detach()), requires_grad=False)
+        assert_close("y", layer.step(x, state)[0], expected, LIMIT)
+        # The dispatcher asks the subclass, which hands on what it holds.
+        y = decode_(x, state.with_room(9), layer.step_weights(), backend="cpp")
+        assert_close("y", y, expected, LIMIT)
+
+
+def test_transforms_of_torch_func():
+    layer, state = stepped(LogarithmicMixing)
+    layer.requires_grad_(False)
+    x, tangent = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    with torch.no_grad():
+        layer.step(x, state)
+    _, got = torch.func.jvp(lambda t: layer.step(t, state)[0], (x,), (tangent,))
+    assert got.any(), "a tangent was dropped without a word"
+    many = torch.randn(4, 3, 1, 16)
+    with torch.no_grad():
+        got = torch.func.vmap(lambda t: layer.step(t, state)[0])(many)
+        expected = torch.stack([layer.step(part, state)[0] for part in many])
+    assert_close("vmap", got, expected, LIMIT)
+
+
+def test_copies_and_pickles_have_plans_of_their_own():
+    layer, state = stepped()
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad():
+        expected = layer.step(x, state)[0]
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert "_plan" not in twin.__dict__
+            assert torch.equal(twin.step(x, state)[0], expected)
+            twin.sva.v.weight.zero_()
+        assert torch.equal(layer.step(x, state)[0], expected)
+
+
+def test_a_plan_does_not_keep_a_layer():
+    layer, _ = stepped()
+    layer.summarizer.note = [layer]
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_plan_does_not_stop_a_conversion():
+    layer, _ = stepped(LogarithmicMixing)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x = torch.randn(1, 5, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer.step_(x, layer.init_state(1, max_position=5))
+        assert_close("y", y, layer(x).float(), TOLERANCE[torch.bfloat16][0])
+
+
+def test_what_was_restored_knows_how_far_it_is():
+    layer, _ = stepped(LogarithmicMixing)
+    x = torch.randn(2, 60, 16)
+    with torch.no_grad():
+        expected, snapshot = layer.prefill(x[:, :50])
+        pool = layer.init_state(2, max_position=60)
+        pool.restore(snapshot)
+        assert pool.max_position == 50
+        assert_close("y", layer(x[:, 50:], state=pool), layer(x)[:, 50:], 4 * LIMIT)
+    with pytest.raises(ValueError, match="rows: expected shape"):
+        pool.restore(snapshot, torch.tensor(0))
+
+
+def test_tokens_that_lie_in_the_state():
+    layer, _ = stepped(LogarithmicMixing)
+    pool = layer.init_state(24, max_position=9)
+    with torch.no_grad():
+        layer.step_(torch.randn(24, 3, 16), pool)
+        twin, slots = pool.clone(), torch.arange(24).flip(0)
+        expected = layer.step_(twin.token.clone()[:, None], twin, slots)
+        assert torch.equal(layer.step_(pool.token[:, None], pool, slots), expected)
+
+
+def test_a_state_of_another_dtype_goes_to_the_reference():
+    layer, _ = stepped(LogarithmicMixing)
+    x, state = torch.randn(2, 4, 16), layer.init_state(2, max_position=4, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close("y", decode_(x, state, layer.step_weights()), layer(x), LIMIT)
+        with pytest.raises(TypeError, match="state.token"):
+            decode_(x, state, layer.step_weights(), backend="cpp")
+
+
+def test_no_bank_and_no_features():
+    layer, _ = stepped(LogarithmicMixing)
+    weights = layer.step_weights()
+    for shape in ((1, 0, 16), (1, 2, 0)):
+        state = MemoryState.empty(1, shape[2], shape[1], levels=2)
+        with torch.no_grad(), pytest.raises(ValueError, match="at least 1"):
+            decode_(torch.randn(1, 1, shape[2]), state, weights._replace(summarizer="pair"), backend="cpp")
+
+
+def test_the_feed_forward_far_below_zero():
+    layer, state = stepped()
+    with torch.no_grad():
+        layer.feedforward.fc1.bias.fill_(-1e38)
+        x = torch.randn(3, 1, 16)
+        assert_close("y", layer.step(x, state)[0], reference(layer, x, state), LIMIT)
