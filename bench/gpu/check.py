@@ -25,7 +25,7 @@ import torch
 
 from bench.contenders.shapes import DIRECTIONS, GOALS, NOT_MEASURED, STAGES, Shape, floor_ms
 from bench.errors import RunError
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 
 from . import (
     configs as gpu_configs,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench.errors import InputError, RunError
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 from bench.measure.journal import Invocation, Row, read
 
 from . import plots
