@@ -10,7 +10,8 @@ CUDA_HOME ?= /usr/local/cuda
 BIN := .venv/bin
 READY := .venv/.ready
 # Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
-INTERPRETED := tests/kernels/test_triton_attention.py tests/kernels/test_triton_look_ahead.py tests/kernels/test_triton_tree.py
+INTERPRETED := tests/kernels/test_triton_attention.py tests/kernels/test_triton_look_ahead.py tests/kernels/test_triton_tree.py \
+  tests/gpu/test_configurations.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
@@ -35,7 +36,7 @@ demo: $(READY) ## train a small language model on Python's own sources
 
 bench: $(READY) ## the quick form of the runs that compare speed and memory, and what can run here
 	$(BIN)/python -m bench list
-	for run in kernels decode scaling memory lamemo; do $(BIN)/python -m bench $$run --quick || exit; done
+	for run in kernels decode scaling crossover memory lamemo; do $(BIN)/python -m bench $$run --quick || exit; done
 
 cuda-build: ## compile the CUDA half for all architectures, without a GPU (about 5 GB of packages)
 	@test -x .venv-cuda/bin/ninja || { $(PYTHON) -m venv .venv-cuda && \
