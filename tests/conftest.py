@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 
 import pytest
 import torch
@@ -12,10 +14,22 @@ with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 
 
+# For what tests start; their own processes follow `_settled`. Workers of several tests must not fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def _settled():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _frozen():
+    """What was there before a test lives to the end: measurements collect garbage, and need not walk it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +42,3 @@ def _poisoned_allocations():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-@pytest.fixture
-def one_thread():
-    """For what is many small operations: a second thread only waits, and far longer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

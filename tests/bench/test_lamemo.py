@@ -28,7 +28,6 @@ from bench.report import chapters as report_chapters
 from bench.runs import lamemo, lamemo_training
 from tests.bench.rows import rows as _rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PROVIDERS = ["ours", "literal", "looks back alone"]
 
 

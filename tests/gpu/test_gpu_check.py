@@ -61,11 +61,6 @@ TABLE = {
 PEAKS = (790e12, 3.0e12)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def printed(value: float, like: float) -> bool:
     """Whether ``value`` could be printed as ``like``: off by at most one of its last digit."""
     digits = 0 if like >= 10 and like == int(like) else len(str(like).split(".")[-1])

@@ -27,9 +27,7 @@ F64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """All is small here: a second thread would only wait. The test of repeatability takes two."""
-    torch.set_num_threads(1)
+def _nothing_compiled():
     torch._dynamo.reset()
 
 
