@@ -20,6 +20,8 @@ from lmn_kernels.backend import extension
 ROOT = Path(__file__).resolve().parents[2]
 NAME = f"_C{EXTENSION_SUFFIXES[0]}"
 
+pytestmark = pytest.mark.slow
+
 PROBE = """
 import json, sys, warnings
 import torch, lmn_kernels

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.support.house import LAZILY, LONGEST, ROOMS, breaches, read
+from tests.support.house import LAZILY, LONGEST, ROOMS, SOURCES, breaches, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +24,19 @@ def test_the_table_of_rooms_is_that_of_the_tree():
     assert [room for room in ROOMS if room not in names] == ["lmn_kernels._C"]
     assert set().union(*ROOMS.values(), LAZILY, *LAZILY.values()) <= set(ROOMS)
     TopologicalSorter({room: below | LAZILY.get(room, set()) for room, below in ROOMS.items()}).prepare()
+
+
+def test_syntax_of_the_oldest_python():
+    for module in read(ROOT).values():
+        ast.parse(module.text, str(module.path), feature_version=(3, 10))
+
+
+def test_no_path_of_one_machine():
+    local = re.compile(rb"(?<![\w.])/(?:work|root|home|Users)/")
+    inside = [path for top in (*SOURCES, "csrc", "docs", ".ci") for path in (ROOT / top).rglob("*")]
+    top = (path for path in ROOT.glob("*") if path.name != ".git")  # a file, in a work tree that is not the first
+    texts = [path for path in (*top, *inside) if path.is_file() and path.suffix not in (".pyc", ".so")]
+    assert [str(path.relative_to(ROOT)) for path in texts if local.search(path.read_bytes())] == []
 
 
 def told(root: Path, files: dict[str, str]) -> list[str]:
