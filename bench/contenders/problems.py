@@ -123,7 +123,7 @@ class Problem(BaseProblem):
 
     @property
     def layout(self) -> Layout:
-        return make_layout(self.shape.tokens, self.shape.batch, 0, self.shape.length, None, None, self.device)
+        return make_layout(self.sequences, 0, self.device)
 
     @property
     def summarizer(self) -> Summarizer:

@@ -114,15 +114,7 @@ class LayerBase(nn.Module):
         return build_tree_with(self._merge, flat, self.bank, token, carried, layout)
 
     def _layout(self, sequences: Sequences, device: torch.device) -> Layout:
-        return Layout(
-            sequences.tokens,
-            sequences.count,
-            self.expand,
-            sequences.max_position,
-            sequences.spans,
-            sequences.carried_levels,
-            device,
-        )
+        return Layout(sequences, self.expand, device)
 
     def _merge(self, left: Tensor, right: Tensor) -> Tensor:
         """Stacks ``[P, h, m, E]`` of two nodes → the stack ``[P, h+k, m, E]`` of their summary."""

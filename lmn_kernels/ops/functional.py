@@ -13,12 +13,7 @@ from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
 from ..backend.choice import resolve
-from .library import _OPS
-
-
-def _where(sequences: Sequences, expand: int, backend: str) -> tuple:
-    carried = -1 if sequences.carried_levels is None else sequences.carried_levels
-    return sequences.spans, sequences.count, sequences.max_position, carried, expand, backend
+from .library import _OPS, pack
 
 
 def build_tree(
@@ -80,7 +75,7 @@ def build_tree(
             check_float(name, value, x.dtype)
             check_device(name, value, x.device)
     _refuse_tangent("x", x)
-    where = _where(sequences, taps - 1, resolve(backend, "build_tree", x.device, x.dtype))
+    where = pack(sequences, taps - 1, resolve(backend, "build_tree", x.device, x.dtype))
     return _OPS.build_tree(x, merge.weight, merge.bias, merge.scale, token, carried, *where)
 
 
@@ -117,12 +112,12 @@ def attend(
         raise ValueError(f"heads: expected a divisor of the embedding {token_qkv.shape[1] / 3:g}, got {heads}")
     check_float("node_qv", node_qv, token_qkv.dtype)
     check_device("node_qv", node_qv, token_qkv.device)
-    rows = node_rows(sequences.tokens, sequences.count, expand, sequences.carried_levels)
+    rows = node_rows(sequences, expand)
     check_shape("node_qv", node_qv, (None, rows, 2 * size), "[bank, rows, 2·embedding]")
     _refuse_tangent("token_qkv", token_qkv)
     _refuse_tangent("node_qv", node_qv)
     served = resolve(backend, "attend", token_qkv.device, token_qkv.dtype, size // heads)
-    where = _where(sequences, expand, served)
+    where = pack(sequences, expand, served)
     out, lse = _OPS.attend(token_qkv, node_qv, heads, *where)
     return out, lse
 

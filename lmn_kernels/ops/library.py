@@ -22,11 +22,12 @@ from python_ref import step as ref_step
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout, make_layout, node_rows
 from python_ref.precision import compute_dtype, no_autocast
+from python_ref.sequences import Sequences
 
 _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 
 # (first row, length, offset) of each sequence or None, and sizes: see python_ref.sequences.Sequences.
-_WHERE = "Tensor? spans, SymInt sequences, SymInt max_position, int carried_levels, int expand, str backend"
+_WHERE = "Tensor? spans, SymInt sequences, SymInt max_position, int? carried_levels, int expand, str backend"
 
 _LIBRARY.define(
     f"build_tree(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? token, Tensor? carried, {_WHERE}) "
@@ -64,19 +65,25 @@ _LIBRARY.define(
 )
 
 
-def _sizes(tokens: int, where: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    spans, sequences, max_position, carried_levels, expand, _ = where
-    carried = None if carried_levels < 0 else carried_levels
-    return tokens, sequences, expand, max_position, spans, carried, device
+def pack(sequences: Sequences, expand: int, backend: str) -> tuple[Any, ...]:
+    """The arguments that `_WHERE` names."""
+    levels = sequences.carried_levels
+    return sequences.spans, sequences.count, sequences.max_position, levels, expand, backend
+
+
+def _unpack(tokens: int, where: tuple[Any, ...]) -> tuple[Sequences, int]:
+    """The batch that `pack` packed, and k."""
+    spans, count, max_position, levels, expand, _ = where
+    return Sequences(tokens, count, max_position, spans, levels), expand
 
 
 def _layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
-    return make_layout(*_sizes(tokens, where, device))
+    return make_layout(*_unpack(tokens, where), device)
 
 
 def _fresh_layout(tokens: int, where: tuple[Any, ...], device: torch.device) -> Layout:
     """A layout that is not kept: its tables may be those of a trace."""
-    return Layout(*_sizes(tokens, where, device))
+    return Layout(*_unpack(tokens, where), device)
 
 
 def _bank(x: Tensor, weight: Tensor) -> int:
@@ -156,9 +163,8 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _build_tree_fake(x, weight, bias, scale, token, carried, spans, sequences, max_position, carried_levels, expand, _):
-    rows = node_rows(x.shape[0], sequences, expand, None if carried_levels < 0 else carried_levels)
-    return x.new_empty(_bank(x, weight), rows, x.shape[1])
+def _build_tree_fake(x, weight, bias, scale, token, carried, *where):
+    return x.new_empty(_bank(x, weight), node_rows(*_unpack(x.shape[0], where)), x.shape[1])
 
 
 def _build_tree_backward_fake(grad, x, nodes, weight, bias, scale, token, carried, *where):

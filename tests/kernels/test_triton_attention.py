@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,8 +61,7 @@ CASES = {
 def inputs(case, dtype):
     sequences, size, heads, bank, expand = CASES[case]
     spans = None if sequences.spans is None else sequences.spans.to(DEVICE)
-    sizes = (sequences.tokens, sequences.count, expand, sequences.max_position)
-    layout = Layout(*sizes, spans, sequences.carried_levels, DEVICE)
+    layout = Layout(replace(sequences, spans=spans), expand, DEVICE)
     shapes = (sequences.tokens, 3 * size), (bank, layout.rows, 2 * size), (sequences.tokens, size)
     token_qkv, node_qv, grad = (torch.randn(shape).to(DEVICE, dtype) for shape in shapes)
     return token_qkv, node_qv, grad, heads, layout

@@ -20,6 +20,7 @@ from bench.close import TOLERANCE, assert_close, error  # noqa: E402
 from lmn_kernels._triton import tree, tree_configs  # noqa: E402
 from python_ref import tree as reference  # noqa: E402
 from python_ref.layout import Layout  # noqa: E402
+from python_ref.sequences import Sequences  # noqa: E402
 
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
@@ -58,7 +59,7 @@ class Case:
     def layout(self) -> Layout:
         if self.equal is not None:
             count, length = self.equal
-            return Layout(count * length, count, self.expand, length, None, None, DEVICE)
+            return Layout(Sequences.equal(count, length), self.expand, DEVICE)
         length = torch.tensor(self.lengths, dtype=torch.int64)
         offset = torch.zeros_like(length) if self.offsets is None else torch.tensor(self.offsets)
         count = len(self.lengths)
@@ -66,7 +67,8 @@ class Case:
         tokens = int(length.sum()) + 3 if self.slots is None else count * self.slots
         carried = None if self.offsets is None else max(self.offsets).bit_length() - 1
         last = int((length + offset).max()) if count else 0
-        return Layout(tokens, count, self.expand, last, torch.stack([start, length, offset], 1), carried, DEVICE)
+        spans = torch.stack([start, length, offset], 1)
+        return Layout(Sequences(tokens, count, last, spans, carried), self.expand, DEVICE)
 
 
 @dataclass
