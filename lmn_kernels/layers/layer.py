@@ -13,7 +13,8 @@ from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge, build_tree_with
 
 from ..backend import choice
-from ..ops.functional import autocasts, build_tree, under_autocast
+from ..backend.transforms import autocasts, under_autocast
+from ..ops.tree import build_tree
 from ..states.memory import MemoryState
 from .projections import SingleVectorAttention
 from .summarizers import Expander, LinearMapSummarizer, make_summarizer

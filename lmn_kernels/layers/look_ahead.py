@@ -15,7 +15,7 @@ from python_ref.look_ahead import merge
 from python_ref.precision import compute_dtype
 
 from ..backend import choice
-from ..ops.functional import look_ahead_attend
+from ..ops.look_ahead import look_ahead_attend
 
 
 class Reach(NamedTuple):

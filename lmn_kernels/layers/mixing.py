@@ -10,7 +10,8 @@ from python_ref.checks import check_device, check_positive, check_shape, check_t
 from python_ref.layout import level_count
 from python_ref.sequences import Sequences
 
-from ..ops.functional import attend, under_autocast
+from ..backend.transforms import under_autocast
+from ..ops.attention import attend
 from ..states.memory import MemoryState
 from .original import OriginalFace
 

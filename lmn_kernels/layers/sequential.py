@@ -13,8 +13,8 @@ from python_ref.checks import check_positive, check_shape, check_tensor, concret
 from python_ref.layout import level_count
 
 from ..backend import choice, env
-from ..ops.functional import autocasts, transformed, under_autocast
-from ..ops.library import _OPS
+from ..backend.transforms import autocasts, transformed, under_autocast
+from ..ops.library import OPS
 from ..ops.step import StepWeights, decode_, keeps
 from ..states.memory import MemoryState
 from .layer import LayerBase
@@ -209,7 +209,7 @@ class SequentialForm(LayerBase):
         tensors, kind, heads, expand, _, _ = self._mixing_weights()
 
         def run(x: Tensor, block: tuple[Tensor, ...] = (), eps: tuple[float, ...] = ()) -> tuple[Tensor, MemoryState]:
-            y, position, token, nodes, q, v = _OPS.step.default(
+            y, position, token, nodes, q, v = OPS.step.default(
                 x, *state.slots(), tensors, kind, heads, expand, block, eps
             )
             return y, MemoryState(position, token, nodes, q, v, expand, state.levels, state.max_position + 1)

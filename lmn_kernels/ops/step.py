@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from python_ref import step as reference
 from python_ref.checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
 
 from ..backend import env
 from ..backend.choice import resolve, wanted
 from ..states.memory import MemoryState
-from .library import _OPS, STEP_REFERENCE
+from .library import OPS, register
 
 
 class StepWeights(NamedTuple):
@@ -99,11 +100,11 @@ def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: 
     unfit = asked == "auto" and not keeps(x.device.type, x.dtype, state.token.dtype)
     if unfit or resolve(backend, "step", x.device, x.dtype) == "reference":
         _check(x, state, weights, slots)
-        run = STEP_REFERENCE[name]
+        run = _REFERENCE[name]
     else:
         if x.is_cuda and env.debug():
             _check_rows(x, state, slots)
-        run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
+        run = getattr(OPS, name).default  # checks for itself, as nothing here would be cheap beside it
     parts = (state.position, state.token, state.nodes, state.q, state.v)
     y = run(x, slots, *parts, tensors, summarizer, heads, expand, block, eps)
     state.note_tokens(x.shape[1])
@@ -195,3 +196,48 @@ def _check_block(weights: StepWeights, size: int) -> None:
     shapes = ((size,), (size,), (width, size), (width,), (size, width), (size,))
     for name, tensor, shape in zip(names, block, shapes, strict=False):
         check_shape(name, tensor, shape)
+
+
+# One token or several of each row into a pool of states (python_ref.step). No gradients.
+_WEIGHTS = "Tensor[] weights, str summarizer, int heads, int expand, Tensor[] block, float[] eps"
+_SLOTS = ", ".join(f"Tensor({mark}!) {name}" for mark, name in zip("abcde", reference.Slots._fields, strict=True))
+_STATE = ", ".join(f"Tensor {name}" for name in reference.Slots._fields)
+_PARTS = len(reference.Slots._fields)
+
+
+def _take(attends: bool, x: Tensor, slots: Tensor | None, given: tuple[Any, ...]) -> Tensor:
+    state, weights = reference.Slots(*given[:_PARTS]), StepWeights(*given[_PARTS:])
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, *state[1:], *weights.tensors, *weights.block)
+    ):
+        raise RuntimeError("the step's operations record no gradients: call them under torch.no_grad()")
+    around = reference.Around(weights.block, weights.eps)
+    sizes = weights.summarizer, weights.heads, weights.expand
+    return reference.run_(x, slots, state, weights.tensors, *sizes, around, attends=attends)
+
+
+def _update(x: Tensor, slots: Tensor | None, *given: Any) -> None:
+    _take(False, x, slots, given)
+
+
+def _decode(x: Tensor, slots: Tensor | None, *given: Any) -> Tensor:
+    return _take(True, x, slots, given)
+
+
+def _step(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    state = [part.clone(memory_format=torch.contiguous_format) for part in given[:_PARTS]]
+    return (_decode(x, None, *state, *given[_PARTS:]), *state)
+
+
+# By name, also where the extension has taken the reference's place.
+_REFERENCE = {
+    "update_": register(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> ()", _update, lambda x, *_: None),
+    "decode_": register(
+        f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> Tensor", _decode, lambda x, *_: x.new_empty(x.shape)
+    ),
+}
+register(
+    f"step(Tensor x, {_STATE}, {_WEIGHTS}) -> ({', '.join(['Tensor'] * (1 + _PARTS))})",
+    _step,
+    lambda *given: tuple(part.new_empty(part.shape) for part in given[: 1 + _PARTS]),
+)
