@@ -81,9 +81,15 @@ def preferred(operation: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "reference"
 
 
-def check_name(backend: str, name: str = "backend") -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+def check_name(backend: str, name: str = "backend", operation: str | None = None) -> None:
+    """Whether there is a backend of that name, and where an operation is named, one that implements it.
+
+    Raises:
+        ValueError: there is none; the message names the argument ``name`` and lists them.
+    """
+    known = [b for b in BACKENDS if operation is None or b == "auto" or operation in IMPLEMENTED[b]]
+    if backend not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {backend!r}")
 
 
 def wanted(backend: str, operation: str) -> str:

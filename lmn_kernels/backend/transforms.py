@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from python_ref.tree import LinearMerge
+
 
 def autocasts(device_type: str) -> bool:
     """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
@@ -19,6 +21,12 @@ def under_autocast(tensor: Tensor) -> Tensor:
     if autocasts(kind) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
+
+
+def merge_under_autocast(merge: LinearMerge) -> LinearMerge:
+    """`under_autocast` of every tensor of a summarizer's map."""
+    scale = None if merge.scale is None else under_autocast(merge.scale)
+    return LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
 
 
 def transformed() -> bool:

@@ -77,7 +77,7 @@ class LookAheadMemoryAttention(nn.Module):
         check_positive("head_size", head_size)
         if not merge_eps >= 0:
             raise ValueError(f"merge_eps: expected a number of at least 0, got {merge_eps!r}")
-        choice.check_name(backend)
+        choice.check_name(backend, "backend", "look_ahead_attend")
         self.embedding, self.heads, self.head_size = embedding, heads, head_size
         self.pre_norm, self.merge_eps, self.backend = pre_norm, merge_eps, backend
         inner = heads * head_size

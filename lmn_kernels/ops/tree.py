@@ -111,9 +111,8 @@ def _run(
     carried: Tensor | None,
     *packed: Any,
 ) -> Tensor:
-    where, merge = Where(x.shape[0], packed), LinearMerge(weight, bias, scale)
-    run = launcher("tree", where.backend).build_tree
-    return run(x, merge, _bank(x, weight), token, carried, where.layout(x.device))
+    merge, bank, where = LinearMerge(weight, bias, scale), _bank(x, weight), Where(x.shape[0], packed)
+    return launcher("tree", where.backend).build_tree(x, merge, bank, token, carried, where.layout(x.device))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, token: Any, carried: Any, *packed: Any) -> Tensor:
