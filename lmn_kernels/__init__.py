@@ -6,6 +6,7 @@ the place of self-attention in a block of yours. `LookAheadMemory` is LaMemo, th
 """
 
 from python_ref.sequences import Sequences
+from python_ref.step import StepWeights
 from python_ref.tree import LinearMerge
 
 from ._version import __version__
@@ -16,8 +17,10 @@ from .layers.look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, R
 from .layers.look_ahead_model import LookAheadLanguageModel, LookAheadMemory
 from .layers.mixing import LogarithmicMixing
 from .layers.summarizers import LinearMapSummarizer
-from .ops.functional import attend, build_tree, look_ahead_attend
-from .ops.step import StepWeights, decode_, update_
+from .ops.attention import attend
+from .ops.look_ahead import look_ahead_attend
+from .ops.step import decode_, update_
+from .ops.tree import build_tree
 from .states.look_ahead import LookAheadState
 from .states.memory import MemoryState, load_states, save_states
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from lmn_kernels.ops.functional import attend, build_tree
+from lmn_kernels import attend, build_tree
 
 from . import attention as causal
 from . import flex, linear_attention, materialized, node_level, recurrent

@@ -39,6 +39,7 @@ from bench.measure.timing import Clock, Work, pair_ratio, spread, take_turns
 from lmn_kernels import LogarithmicMixing
 from lmn_kernels.layers.summarizers import Summarizer
 from python_ref.layout import make_layout
+from python_ref.sequences import Sequences
 
 from .programs import clocks
 from .stage import Report, Settings
@@ -168,7 +169,7 @@ def stage_works(shape: Shape, settings: Settings) -> Iterator[tuple[str, Work]]:
     layer = LogarithmicMixing(size, shape.heads, m, init="variance_preserving", dtype=DTYPE, device=device)
     assert isinstance(layer.summarizer, Summarizer)
     merge = layer.summarizer.requires_grad_(False).merge()
-    layout = make_layout(tokens, shape.batch, 0, shape.length, None, None, device)
+    layout = make_layout(Sequences.equal(shape.batch, shape.length), 0, device)
     x = _randn(tokens, size, device=device)
     nodes = tree.build_tree(x, merge, m, None, None, layout)
     grad_nodes = torch.randn_like(nodes)

@@ -1,20 +1,20 @@
-"""What all launchers share: dtypes of products, precision, the device guard."""
+"""What all launchers share: dtypes of products, precision, the device and the launches that it gets."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-Config = TypeVar("Config")
+from .launch import LAUNCHES, Launch
 
-# Set before Triton is imported, this makes every kernel run as Python on CPU tensors (tests only).
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# TRITON_INTERPRET=1, set before Triton is imported, makes every kernel run as Python on CPU tensors (tests only).
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -30,8 +30,7 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     interpreter, whose own arithmetic in it is wrong without a word. The tests there cover that path.
     """
     if tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        return product_dtype_on(10 * major + minor, tensor.dtype)
+        return product_dtype_on(target(tensor.device).arch, tensor.dtype)
     return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
@@ -54,16 +53,30 @@ def next_power_of_2(value: int) -> int:
     return triton.next_power_of_2(value)
 
 
-def for_heads(configs: dict[int, Config], head_size: int, dtype: torch.dtype) -> Config:
-    """What a table, by head size rounded up to a power of two, has for heads whose products are in ``dtype``.
+class Target(NamedTuple):
+    """What the table of launches is asked by: compute capability (75, 80, …), and what the device calls itself."""
 
-    Raises:
-        ValueError: no configuration serves heads this wide.
-    """
-    width = max(16, next_power_of_2(head_size))
-    if width not in configs:
-        raise ValueError(f"heads: expected at most {max(configs)} features a head in {dtype}, got {head_size}")
-    return configs[width]
+    arch: int
+    model: str | None
+
+
+# The interpreter has no architecture: it gets what the first one with products in 16 bits gets.
+_INTERPRETER = Target(80, None)
+
+
+def target(device: torch.device) -> Target:
+    return _INTERPRETER if device.index is None or device.type != "cuda" else _gpu(device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Target:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target(10 * major + minor, torch.cuda.get_device_name(index))
+
+
+def launch_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """`launch.Table.look_up` for a device that a tensor is on: how to launch ``kernel`` there, and what served it."""
+    return LAUNCHES.look_up(kernel, width, dtype, *target(device))
 
 
 class CompileCase(NamedTuple):

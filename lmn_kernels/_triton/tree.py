@@ -24,21 +24,18 @@ from python_ref.layout import Layout, constant, stack_height
 from python_ref.tree import LinearMerge
 
 from . import tree_kernels as kernels
-from .common import INTERPRETED, dot_precision, on_device, product_dtype, triton_dtype
-from .tree_configs import (
-    BLOCK_FEATURES,
-    DTYPES,
-    TAIL_ELEMENTS,
-    Tiling,
-    compile_cases,
-    config,
-    configs,
-    tiling_arguments,
-)
+from .common import INTERPRETED, dot_precision, launch_for, on_device, product_dtype, triton_dtype
+from .launch import Launch
+from .tree_compile import DTYPES, block_arguments, compile_cases, of_two_sums
 from .tree_tiles import EQUAL, PAIRED, TABLE
 
-__all__ = ["build_tree", "build_tree_backward", "child_table", "compile_cases", "configs"]
+__all__ = ["build_tree", "build_tree_backward", "child_table", "compile_cases"]
 
+# Groups of at most so many features are built in blocks: the widest that have a launch.
+BLOCK_FEATURES = 128
+# Elements of a bank's level beyond which it gets a launch of its own: 1024 rows at E = 1024, and never
+# more than two tiles for each of 132 multiprocessors. Reasoned, not measured.
+TAIL_ELEMENTS = 1 << 20
 # Programs that a weight gradient is spread over, as far as there are rows for them.
 WEIGHT_PROGRAMS = 264
 
@@ -104,18 +101,21 @@ class _Problem:
         """Rows of a level's places, each as high as a node of ``below`` levels below it."""
         return self.layout.level_nodes[level] * stack_height(level - below, self.layout.expand)
 
-    def config(self, kind: str, backward: bool) -> Tiling:
-        return config(kind, self.size, self.products, sums=2 if backward and self.scale is not None else 1)
+    def launch_of(self, part: str, backward: bool) -> Launch:
+        """How to launch a part of the tree: ``"level"``, ``"tail"`` or ``"block"``."""
+        name = f"tree_{part}_{'bwd' if backward else 'fwd'}"
+        found = launch_for(name, self.size, self.products, self.x.device)
+        return of_two_sums(found) if backward and self.scale is not None else found
 
-    def launch(self, kernel: Any, grid: int, tiling: Tiling, cooperative: bool = False, **arguments: Any) -> None:
+    def run(self, kernel: Any, grid: int, launch: Launch, cooperative: bool = False, **arguments: Any) -> None:
         if grid == 0:
             return
-        options: dict[str, Any] = dict(tiling.options())
+        options: dict[str, Any] = dict(launch.options())
         if cooperative and not INTERPRETED:
             options["launch_cooperative_grid"] = True
         given = self.arguments | arguments
         known = {name: given[name] for name in kernel.arg_names if name in given}
-        kernel[(grid,)](**known, **tiling_arguments(kernel, tiling), **options)
+        kernel[(grid,)](**known, **block_arguments(kernel, launch), **options)
 
 
 def child_table(layout: Layout) -> Tensor:
@@ -152,12 +152,12 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     if first >= last:
         return
     layout, together = problem.layout, last - first > 1
-    tiling = problem.config("tail" if together else "level", backward)
+    launch = problem.launch_of("tail" if together else "level", backward)
 
     def tiles(level: int) -> int:
         rows = problem.rows(level, below=int(backward))
-        few = together and rows <= tiling.few
-        row_size, col_size = (tiling.few_rows, tiling.few_cols) if few else (tiling.rows, tiling.cols)
+        few = together and rows <= launch["FEW"]
+        row_size, col_size = (launch["FEW_BM"], launch["FEW_BN"]) if few else (launch["BM"], launch["BN"])
         units = problem.bank if not backward else 1 if level == 1 else problem.bank
         sides = 2 if backward and problem.scale is None else 1
         return units * sides * -(-rows // row_size) * -(-problem.size // col_size)
@@ -166,10 +166,10 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     start = last - 1 if backward else first
     device = problem.x.device
     counter = torch.empty(1, dtype=torch.int32, device=device)
-    problem.launch(
+    problem.run(
         kernel,
         min(grid, _programs(device)) if together else grid,
-        tiling,
+        launch,
         cooperative=together,
         p_counter=counter.zero_() if together else counter,
         first=first,
@@ -181,27 +181,27 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     )
 
 
-def _block_plan(layout: Layout, tiling: Tiling) -> list[tuple[int, int]]:
+def _block_plan(layout: Layout, launch: Launch) -> list[tuple[int, int]]:
     """(first level, levels) of each launch, from below."""
     plan, first = [], 1
     while first <= layout.levels:
         remaining = layout.levels - first + 1
-        plan.append((first, remaining if remaining <= tiling.span else min(tiling.levels, remaining)))
+        plan.append((first, remaining if remaining <= launch["SPAN"] else min(launch["LEVELS"], remaining)))
         first += plan[-1][1]
     return plan
 
 
 def _walk_blocks(problem: _Problem, kernel: Any, backward: bool, **pointers: Any) -> None:
     """All levels, several per launch."""
-    layout, tiling = problem.layout, problem.config("block", backward)
-    plan = _block_plan(layout, tiling)
+    layout, launch = problem.layout, problem.launch_of("block", backward)
+    plan = _block_plan(layout, launch)
     for first, count in reversed(plan) if backward else plan:
-        blocks = -(-(layout.equal_length >> first) // (1 << (tiling.span - 1)))
+        blocks = -(-(layout.equal_length >> first) // (1 << (launch["SPAN"] - 1)))
         start = first + count - 1 if backward else first
-        problem.launch(
+        problem.run(
             kernel,
             layout.sequences * blocks * (1 if backward else problem.groups),
-            tiling,
+            launch,
             first=first,
             count=count,
             blocks=blocks,
@@ -315,18 +315,19 @@ def _split_scale(problem: _Problem, sums: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _kernel_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Tensor:
-    layout, tiling = problem.layout, config("weight", problem.size, problem.products)
+    layout, device = problem.layout, problem.x.device
+    launch = launch_for("tree_bwd_weight", problem.size, problem.products, device)
     banks = problem.group_size // problem.size
-    tiles = -(-problem.size // tiling.rows) * -(-problem.size // tiling.cols)
+    tiles = -(-problem.size // launch["BM"]) * -(-problem.size // launch["BN"])
     tiles *= problem.groups * problem.taps * 2 * banks * banks
     rows = sum(problem.rows(level, below=1) for level in range(1, layout.levels + 1))
-    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * tiling.depth)), 1)
+    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * launch["BK"])), 1)
     shape = (splits, problem.groups, problem.taps, 2 * problem.group_size, problem.group_size)
-    partial = torch.empty(shape, dtype=torch.float32, device=nodes.device)
-    problem.launch(
+    partial = torch.empty(shape, dtype=torch.float32, device=device)
+    problem.run(
         kernels.tree_bwd_kernel_weight,
         tiles * splits,
-        tiling,
+        launch,
         p_nodes=nodes,
         p_total=total,
         p_partial=partial,

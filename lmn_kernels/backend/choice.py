@@ -22,7 +22,7 @@ UNPROVEN = {
 }
 
 # Features of a head that the Triton kernels take at most: in 16 bits, and where products are of float32.
-_WIDEST = {"build_tree": (256, 128), "attend": (256, 128), "look_ahead_attend": (128, 64)}
+_WIDEST = {"attend": (256, 128), "look_ahead_attend": (128, 64)}
 
 _warned: set[tuple[str, str, str]] = set()
 _chosen: dict[tuple[Any, ...], tuple[str, None]] = {}
@@ -44,7 +44,7 @@ def _triton_obstacle(operation: str, index: int | None, dtype: torch.dtype, head
     if capability < (7, 5):
         return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
     # Below sm_80 every product is one of float32.
-    widest = _WIDEST[operation][dtype == torch.float32 or capability < (8, 0)]
+    widest = _WIDEST[operation][dtype == torch.float32 or capability < (8, 0)] if operation in _WIDEST else head_size
     if head_size > widest:
         return f"the Triton kernels take heads of up to {widest} features in {dtype} on this device, not {head_size}"
     return None
@@ -81,9 +81,15 @@ def preferred(operation: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "reference"
 
 
-def check_name(backend: str, name: str = "backend") -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+def check_name(backend: str, name: str = "backend", operation: str | None = None) -> None:
+    """Whether there is a backend of that name, and where an operation is named, one that implements it.
+
+    Raises:
+        ValueError: there is none; the message names the argument ``name`` and lists them.
+    """
+    known = [b for b in BACKENDS if operation is None or b == "auto" or operation in IMPLEMENTED[b]]
+    if backend not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {backend!r}")
 
 
 def wanted(backend: str, operation: str) -> str:

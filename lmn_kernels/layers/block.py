@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from python_ref.around import Around
 from python_ref.checks import check_positive
 
-from ..states.memory import MemoryState
-from .layer import Mix
 from .mixing import LogarithmicMixing
 from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
 
@@ -84,14 +83,10 @@ class LogarithmicMemory(LogarithmicMixing):
             self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)
 
-    def _layer(self, x: Tensor, mix: Mix) -> tuple[Tensor, MemoryState | None]:
-        mixed, state = mix(self.norm1(x))
-        x = x + mixed
-        if self.feedforward is not None and self.norm2 is not None:
-            x = x + self.feedforward(self.norm2(x))
-        return x, state
+    def around(self) -> Around:
+        return Around(self.norm1, self.norm2, self.feedforward)
 
-    def _around(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
+    def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         modules: dict[str, Any] = self._modules
         norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))
         if not _is_plain_norm(norm1):

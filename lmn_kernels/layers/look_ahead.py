@@ -15,7 +15,7 @@ from python_ref.look_ahead import merge
 from python_ref.precision import compute_dtype
 
 from ..backend import choice
-from ..ops.functional import look_ahead_attend
+from ..ops.look_ahead import look_ahead_attend
 
 
 class Reach(NamedTuple):
@@ -77,7 +77,7 @@ class LookAheadMemoryAttention(nn.Module):
         check_positive("head_size", head_size)
         if not merge_eps >= 0:
             raise ValueError(f"merge_eps: expected a number of at least 0, got {merge_eps!r}")
-        choice.check_name(backend)
+        choice.check_name(backend, "backend", "look_ahead_attend")
         self.embedding, self.heads, self.head_size = embedding, heads, head_size
         self.pre_norm, self.merge_eps, self.backend = pre_norm, merge_eps, backend
         inner = heads * head_size

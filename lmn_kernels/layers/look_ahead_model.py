@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from python_ref.checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 from python_ref.precision import compute_dtype, no_autocast
 
-from ..ops.functional import autocasts
+from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
 from .look_ahead import LookAheadMemoryLayer, Reach
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..ops.step import StepWeights
+from python_ref.step import StepWeights
+
 from ..states.memory import MemoryState
 
 _new, _set = object.__new__, object.__setattr__

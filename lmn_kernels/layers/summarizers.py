@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
 from .parameters import parameter, weight_and_bias
@@ -18,15 +19,13 @@ INITS = ("original", "variance_preserving")
 class LinearMapSummarizer(nn.Module):
     """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
-        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight, bias, and a scale.
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
+        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight and bias, and a scale.
 
         What a subclass does not give from its parameters as they lie is copied for every step.
         """
         weight, bias, scale = self.merge()
-        if scale is None:
-            return "linear", (weight[:, 0], bias)
-        return "separable", (weight[:, 0], bias, scale)
+        return "linear" if scale is None else "separable", Linear(weight[:, 0], bias), scale
 
     def merge(self) -> LinearMerge:
         """The map as the operations take it."""
@@ -65,10 +64,10 @@ class Summarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not Summarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "linear", weight_and_bias(self)
+        return "linear", weight_and_bias(self), None
 
 
 class ConvSummarizer(LinearMapSummarizer):
@@ -92,10 +91,10 @@ class ConvSummarizer(LinearMapSummarizer):
         weight = self.conv.weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
         return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not ConvSummarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "pair", weight_and_bias(self._modules["conv"])
+        return "pair", weight_and_bias(self._modules["conv"]), None
 
 
 class DepthwiseSeparableSummarizer(LinearMapSummarizer):
@@ -131,10 +130,10 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias, self.scale)
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not DepthwiseSeparableSummarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "separable", (*weight_and_bias(self), parameter(self, "scale"))
+        return "separable", weight_and_bias(self), parameter(self, "scale")
 
 
 class Expander(nn.Module):
@@ -156,7 +155,7 @@ class Expander(nn.Module):
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
         return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
 
-    def step_tensors(self) -> tuple[Tensor, Tensor]:
+    def step_tensors(self) -> Linear:
         """Weight and bias of the convolution."""
         return weight_and_bias(self._modules["conv_transpose"])
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import lmn_kernels
-from lmn_kernels import BackendError, LinearMerge, LogarithmicMemory, LogarithmicMixing, Sequences
+from lmn_kernels import (
+    BackendError,
+    LinearMerge,
+    LogarithmicMemory,
+    LogarithmicMixing,
+    LookAheadMemoryAttention,
+    Sequences,
+)
 from lmn_kernels.backend import choice, extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +117,7 @@ def test_the_sequential_form_has_a_backend_of_its_own(kind, no_extension):
     for backend, expected in (("auto", "auto"), ("triton", "auto"), ("reference", "reference")):
         assert kind(8, backend=backend).step_backend == expected
         assert kind(8, backend=backend, step_backend="cpp").step_backend == "cpp"
-    with pytest.raises(ValueError, match="step_backend: expected one of auto, reference, triton, cpp, got 'gpp'"):
+    with pytest.raises(ValueError, match="step_backend: expected one of auto, reference, cpp, got 'gpp'"):
         kind(8, step_backend="gpp")
     x, layer = torch.randn(1, 1, 8), kind(8, step_backend="cpp")
     y = layer(x)
@@ -138,11 +145,21 @@ def test_a_forced_backend_that_cannot_serve_says_which_what_where_and_why(backen
 
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_a_forced_backend_is_never_replaced_in_silence(backend):
-    """Layer, block and operations raise alike; the layer was made without a complaint, as its device may change."""
+    """Layer, block and operations raise alike; the layer was made without a complaint, as its device may change.
+
+    What no device serves is refused where the layer is made.
+    """
     for operation in ("build_tree", "attend"):
         refusal(backend, operation)
     x = torch.randn(1, 9, 8)
-    for layer in (LogarithmicMixing(8, 2, 2, backend=backend), LogarithmicMemory(8, 2, 2, backend=backend)):
+    for kind in (LogarithmicMixing, LogarithmicMemory):
+        if backend == "cpp":
+            with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got 'cpp'"):
+                kind(8, 2, 2, backend=backend)
+            layer = kind(8, 2, 2)
+            layer.backend = backend
+        else:
+            layer = kind(8, 2, 2, backend=backend)
         with pytest.raises(BackendError, match=backend):
             layer(x)
         with pytest.raises(BackendError, match=backend):
@@ -164,8 +181,10 @@ def test_a_callable_summarizer_cannot_be_forced_off_the_reference():
 
 @pytest.mark.parametrize("name", ["cuda", "Reference", "", "pytorch", None])
 def test_no_backend_of_that_name(name):
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, triton, cpp, got"):
+    with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got"):
         LogarithmicMixing(8, backend=name)
+    with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got"):
+        LookAheadMemoryAttention(8, 2, backend=name)
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, triton, cpp, got"):
         choice.resolve(name, "attend", CPU)
 
@@ -355,7 +374,7 @@ def test_a_named_backend_is_never_passed_over_for_a_short_expander_or_a_callable
     for options in ({"expand": 1}, {"summarizer": lambda left, right: left - right}):
         layer = LogarithmicMixing(8, backend=backend, **options)
         monkeypatch.setattr(
-            lmn_kernels.layers.mixing, "attend", lambda *_, **__: pytest.fail("the reference built the tree")
+            lmn_kernels.layers.parallel, "attend", lambda *_, **__: pytest.fail("the reference built the tree")
         )
         with pytest.raises(BackendError, match="triton.*build_tree"):
             layer(torch.randn(1, 4, 8))

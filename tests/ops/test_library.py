@@ -59,7 +59,7 @@ def operands(case: str, dtype: torch.dtype, size: int = 6, length: int = 7) -> d
         "spans": None,
         "sequences": sequences,
         "max_position": length,
-        "carried_levels": -1,
+        "carried_levels": None,
         "expand": 1 if case == "expander" else 0,
         "backend": "reference",
     }

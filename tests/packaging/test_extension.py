@@ -123,6 +123,6 @@ def test_a_binary_that_does_not_fit_is_left_alone(package, request, case):
 @pytest.mark.ext
 def test_a_binary_of_other_operations_is_left_alone(package, binary):
     (package / NAME).write_bytes(binary)
-    library = package / "ops" / "library.py"
-    library.write_text(library.read_text(encoding="utf-8").replace('"step(Tensor x', '"step(Tensor x, int more'))
+    library = package / "ops" / "step.py"
+    library.write_text(library.read_text(encoding="utf-8").replace('f"step(Tensor x', 'f"step(Tensor x, int more'))
     falls_back(package, "does not load", "schema")

@@ -20,8 +20,10 @@ import pytest
 import torch
 
 import lmn_kernels
+from lmn_kernels._triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
+TUNED = launch.TUNED.relative_to(ROOT)
 NOT_COPIED = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
 
 pytestmark = pytest.mark.slow
@@ -60,6 +62,9 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the checkout: a build leaves files behind, as one of another Python has done here."""
     copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tree", ignore=NOT_COPIED)
     (copy / "lmn_kernels" / "_C.cpython-27m.so").touch()
+    # A tuned file of launches, whether or not there is one here.
+    (copy / TUNED).mkdir(exist_ok=True)
+    (copy / TUNED / "Made-up_GPU.json").write_text('{"device": "Made-up GPU", "arch": 90, "launches": {}}')
     return copy
 
 
@@ -81,14 +86,15 @@ def test_build_requirements():
 
 
 def shipped(wheel: Path, tree: Path) -> set[str]:
-    """The files of a wheel other than Python's, which are both packages and nothing else."""
+    """The files of a wheel beside those of Python and of tuned launches, which are all of both packages'."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     modules = (path for top in ("lmn_kernels", "python_ref") for path in (tree / top).rglob("*.py"))
-    modules = {path.relative_to(tree).as_posix() for path in modules}
-    assert modules <= names
-    return names - modules
+    tuned = {path.relative_to(tree).as_posix() for path in (tree / TUNED).iterdir()}
+    expected = {path.relative_to(tree).as_posix() for path in modules} | tuned
+    assert tuned and expected <= names
+    return names - expected
 
 
 @needs_pip
@@ -125,7 +131,8 @@ def test_the_source_distribution_holds_what_the_extension_is_made_of(tree, tmp_p
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
-    assert sources and sources | {"setup.py", "pyproject.toml", "lmn_kernels/backend/extension.py"} <= names
+    tuned = (TUNED / "Made-up_GPU.json").as_posix()
+    assert sources and sources | {"setup.py", "pyproject.toml", "lmn_kernels/backend/extension.py", tuned} <= names
     assert not [name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "build/"))]
 
 

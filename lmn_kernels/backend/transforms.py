@@ -1,0 +1,45 @@
+"""What surrounds a call: autocast, torch.func, forward-mode differentiation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from python_ref.tree import LinearMerge
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
+
+
+def under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of an active ``torch.autocast`` region, as `torch.nn.functional.linear` takes it."""
+    kind = tensor.device.type
+    if autocasts(kind) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def merge_under_autocast(merge: LinearMerge) -> LinearMerge:
+    """`under_autocast` of every tensor of a summarizer's map."""
+    scale = None if merge.scale is None else under_autocast(merge.scale)
+    return LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, of which the step's operations know nothing."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def refuse_tangents(**tensors: Tensor | None) -> None:
+    """The operations have no forward-mode derivative, and the dispatcher would drop a tangent without a word.
+
+    Raises:
+        NotImplementedError: a tensor carries one; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: expected a tensor without a forward-mode tangent; use backward mode")
