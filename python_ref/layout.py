@@ -128,6 +128,8 @@ class Layout:
         tokens, sequences, spans, carried_levels: those of the batch.
         equal_length: tokens of each sequence where ``spans`` is None.
         levels: D, ⌊log2 max_position⌋; ``built``: those of them that have new nodes.
+        level_nodes, level_rows, level_base, heights: by level, 0 for the tokens: upper bound on the new nodes, their
+            rows, the first of these, and rows of a node.
         rows: of a node matrix, the null row last.
     """
 
@@ -146,18 +148,20 @@ class Layout:
         self.null_row = self.rows - 1
         self.carry_rows = 0 if self.carried_levels is None else state_rows(self.carried_levels, expand)
         self.carry_base = self.null_row - count * self.carry_rows
-        self.level_nodes, self.level_base, self.built = [tokens], [0], []
-        base, read = 0, slice(0, tokens)
+        self.level_nodes, self.level_rows, self.heights, self.built = [tokens], [slice(0, tokens)], [1], []
+        base = 0
         for level in range(1, self.levels + 1):
             each = self.equal_length >> level
             nodes = count * each if spans is None else _level_nodes(level, sequences) * (count > 0)
             height = stack_height(level, expand)
             rows = slice(base, base + nodes * height)
             if nodes:
-                self.built.append(Level(level, nodes, each, height, height - expand, rows, read))
+                self.built.append(Level(level, nodes, each, height, height - expand, rows, self.level_rows[-1]))
             self.level_nodes.append(nodes)
-            self.level_base.append(base)
-            base, read = rows.stop, rows
+            self.level_rows.append(rows)
+            self.heights.append(height)
+            base = rows.stop
+        self.level_base = [rows.start for rows in self.level_rows]
         self.unused_base = base
         self._memo: dict[Hashable, Any] = {}
 
@@ -169,11 +173,6 @@ class Layout:
                 # A later call may come on another stream, which nothing orders behind this one.
                 torch.cuda.current_stream(self.device).synchronize()
         return self._memo[key]
-
-    def level_slice(self, level: int) -> slice:
-        """Rows of the new nodes of a level ≥ 1."""
-        base = self.level_base[level]
-        return slice(base, base + self.level_nodes[level] * stack_height(level, self.expand))
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``start, length, offset [S]``, ``first [D+1, S]`` (index of the first new node of each level)

@@ -231,7 +231,7 @@ def large(settings: Settings, report: Report) -> None:
         def grown(sequences: Sequences) -> tuple[Tensor, Tensor]:
             layout, rows = layout_of(sequences, 0, device), x[-sequences.tokens :]
             nodes = tree.build_tree(rows, merge, 1, None, None, layout)
-            level = nodes[0, layout.level_slice(1)].repeat_interleave(2, 0)
+            level = nodes[0, layout.level_rows[1]].repeat_interleave(2, 0)
             return level, tree.build_tree_backward(nodes, rows, nodes, merge, None, layout)[0]
 
         last_of_many(grown, grown(Sequences.equal(1, length)))
@@ -252,7 +252,7 @@ def large(settings: Settings, report: Report) -> None:
         own = layout_of(Sequences.equal(1, length), 0, device)
         nodes = torch.zeros(1, own.rows, 2 * size, dtype=dtype, device=device)
         for level in range(1, own.levels + 1):
-            nodes[:, own.level_slice(level)] = node_qv[:, layout.level_slice(level)][:, -own.level_nodes[level] :]
+            nodes[:, own.level_rows[level]] = node_qv[:, layout.level_rows[level]][:, -own.level_nodes[level] :]
         alone = attended(Sequences.equal(1, length), nodes)
         last_of_many(lambda sequences: attended(sequences, node_qv), alone)
         row["elements"] = token_qkv.numel()

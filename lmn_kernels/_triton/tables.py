@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from python_ref.layout import Layout, constant, stack_height
+from python_ref.layout import Layout, constant
 
 
 class AttendTables(NamedTuple):
@@ -56,7 +56,7 @@ def _build(layout: Layout, width: int) -> AttendTables:
         key.to(torch.int32),
         len(level),
         # A node of the tile's own level has one tile to itself, too.
-        sum((width >> i) * stack_height(i, layout.expand) for i in range(1, min(shift, layout.levels) + 1)),
+        sum((width >> i) * layout.heights[i] for i in range(1, min(shift, layout.levels) + 1)),
         _shared(layout, width, before),
     )
 
@@ -68,7 +68,7 @@ def _shared(layout: Layout, width: int, before: Tensor) -> Tensor:
     sequences = torch.arange(layout.sequences, device=layout.device)
     rows, number = [], 0
     for level in range(shift + 1, layout.levels + 1):
-        height = stack_height(level, layout.expand)
+        height = layout.heights[level]
         count = torch.arange(layout.level_nodes[level], device=layout.device)
         sequence = torch.searchsorted(place[level, 1:].contiguous(), count, right=True)
         sequence = sequence.clamp(max=max(layout.sequences - 1, 0))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from python_ref import tree as reference
-from python_ref.layout import Layout, constant, stack_height
+from python_ref.layout import Layout, constant
 from python_ref.tree import LinearMerge
 
 from . import tree_kernels as kernels
@@ -99,7 +99,7 @@ class _Problem:
 
     def rows(self, level: int, below: int = 0) -> int:
         """Rows of a level's places, each as high as a node of ``below`` levels below it."""
-        return self.layout.level_nodes[level] * stack_height(level - below, self.layout.expand)
+        return self.layout.level_nodes[level] * self.layout.heights[level - below]
 
     def launch_of(self, part: str, backward: bool) -> Launch:
         """How to launch a part of the tree: ``"level"``, ``"tail"`` or ``"block"``."""
@@ -223,8 +223,8 @@ def _library_merge(problem: _Problem, nodes: Tensor, level: int) -> None:
     """One level by the matrix library, bank by bank: its epilogue adds the bias."""
     layout = problem.layout
     for bank in range(problem.bank):
-        below = problem.x if level == 1 else nodes[bank, layout.level_slice(level - 1)]
-        pair, target = _sides(below, level, layout), nodes[bank, layout.level_slice(level)]
+        below = problem.x if level == 1 else nodes[bank, layout.level_rows[level - 1]]
+        pair, target = _sides(below, level, layout), nodes[bank, layout.level_rows[level]]
         weight, bias = problem.weight[bank, 0], problem.bias[bank]
         if pair.dim() == 2:
             torch.addmm(bias, pair, weight, out=target)
@@ -236,8 +236,8 @@ def _library_grad(problem: _Problem, total: Tensor, grad_x: Tensor, level: int) 
     """What one level sends to its children, by the matrix library."""
     layout = problem.layout
     for bank in range(problem.bank):
-        below = grad_x if level == 1 else total[bank, layout.level_slice(level - 1)]
-        target, grad = _sides(below, level, layout), total[bank, layout.level_slice(level)]
+        below = grad_x if level == 1 else total[bank, layout.level_rows[level - 1]]
+        target, grad = _sides(below, level, layout), total[bank, layout.level_rows[level]]
         weight, beta = problem.weight[bank, 0].t(), int(level > 1 or bank > 0)
         if target.dim() == 2:
             target.addmm_(grad, weight, beta=beta)
@@ -346,13 +346,13 @@ def _library_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Ten
         last = level
         while level > 1 and last < layout.levels and _gapless(last, layout):
             last += 1
-        rows = slice(layout.level_base[level], layout.level_slice(last).stop)
+        rows = slice(layout.level_base[level], layout.level_rows[last].stop)
         for b in range(bank):
             if last > level:
                 children = nodes[b, layout.level_base[level - 1] :][: 2 * (rows.stop - rows.start)]
                 pair = children.view(-1, 2 * size)
             else:
-                pair = _sides(problem.x if level == 1 else nodes[b, layout.level_slice(level - 1)], level, layout)
+                pair = _sides(problem.x if level == 1 else nodes[b, layout.level_rows[level - 1]], level, layout)
             sums[b] += torch.mm(pair.reshape(-1, 2 * size).t(), total[b, rows])
         level = last + 1
     return sums[:, None]
