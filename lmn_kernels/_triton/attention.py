@@ -19,18 +19,8 @@ from torch import Tensor
 from python_ref.layout import Layout
 
 from .attention_kernels import SIZES, attend_bwd_kernel, attend_bwd_reduce_kernel, attend_fwd_kernel
-from .common import (
-    CompileCase,
-    dot_precision,
-    launch_for,
-    next_power_of_2,
-    on_device,
-    pointer,
-    product_dtype,
-    product_dtype_on,
-    triton_dtype,
-)
-from .launch import LAUNCHES, Launch
+from .common import CompileCase, Products, on_device, pointer, products_of, products_on
+from .launch import LAUNCHES, Launch, launch_for
 from .tables import AttendTables, attend_tables
 
 
@@ -42,14 +32,13 @@ def _sizes(layout: Layout, tables: AttendTables, node_qv: Tensor, owned: bool) -
     return (rows, banks, *keys, *ends)
 
 
-def _constants(launch: Launch, head_size: int, expand: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(launch: Launch, head_size: int, expand: int, products: Products) -> dict[str, Any]:
     return {
         "D": head_size,
         "EXPAND": expand,
-        "BD": max(16, next_power_of_2(head_size)),
-        "LOG_BT": launch["BT"].bit_length() - 1,
-        "DOT": triton_dtype(dtype),
-        "PRECISION": dot_precision(),
+        "BD": max(16, triton.next_power_of_2(head_size)),
+        "LOG_BT": launch.blocks["BT"].bit_length() - 1,
+        **products.constants,
         **launch.blocks,
     }
 
@@ -59,20 +48,20 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`python_ref.attention.attend` in one launch; heads of up to 256 features, 128 in float32."""
     tokens, size = token_qkv.shape[0], token_qkv.shape[1] // 3
-    head_size, products = size // heads, product_dtype(token_qkv)
-    launch = launch or launch_for("attend_fwd", head_size, products, token_qkv.device)
-    token_qkv, node_qv = token_qkv.contiguous(), node_qv.contiguous()
-    # Where spans are given, some rows may belong to no sequence; else every row is written.
-    make = torch.empty if layout.spans is None else torch.zeros
-    out = make(tokens, size, dtype=token_qkv.dtype, device=token_qkv.device)
-    lse = make(tokens, heads, dtype=torch.float32, device=token_qkv.device)
-    tables = attend_tables(layout, launch["BT"])
-    if tables.tile.shape[0]:
-        with on_device(token_qkv):
+    head_size, products = size // heads, products_of(token_qkv)
+    with on_device(token_qkv):
+        launch = launch or launch_for("attend_fwd", head_size, products.dtype, token_qkv.device)
+        tables = attend_tables(layout, launch.blocks["BT"])
+        token_qkv, node_qv = token_qkv.contiguous(), node_qv.contiguous()
+        # Where spans are given, some rows may belong to no sequence; else every row is written.
+        make = torch.empty if layout.spans is None else torch.zeros
+        out = make(tokens, size, dtype=token_qkv.dtype, device=token_qkv.device)
+        lse = make(tokens, heads, dtype=torch.float32, device=token_qkv.device)
+        if tables.tile.shape[0]:
             attend_fwd_kernel[(tables.tile.shape[0] * heads,)](
                 token_qkv, node_qv, out, lse, tables.spans, tables.level_row, tables.tile, tables.key,
                 *_sizes(layout, tables, node_qv, False), heads,
-                **_constants(launch, head_size, layout.expand, products), **launch.options(),
+                **_constants(launch, head_size, layout.expand, products), **launch.options,
             )  # fmt: skip
     return out, lse
 
@@ -88,31 +77,31 @@ def attend_backward(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`python_ref.attention.attend_backward` in two launches, bitwise reproducible."""
-    head_size, products = grad_out.shape[1] // heads, product_dtype(token_qkv)
-    launch = launch or launch_for("attend_bwd", head_size, products, token_qkv.device)
-    token_qkv, node_qv, grad_out = token_qkv.contiguous(), node_qv.contiguous(), grad_out.contiguous()
-    d_token = torch.empty_like(token_qkv) if layout.spans is None else torch.zeros_like(token_qkv)
-    # Rows that no tile reads (nodes complete at the very end, the null row) stay zero.
-    d_node = torch.zeros_like(node_qv)
-    tables = attend_tables(layout, launch["BT"])
-    tiles, banks, width = tables.tile.shape[0], node_qv.shape[0], node_qv.shape[2]
-    shared_keys = tables.keys - tables.owned_keys
-    if tiles == 0:
-        return d_token, d_node
-    d_shared = torch.empty(tiles, banks, shared_keys, width, dtype=torch.float32, device=token_qkv.device)
+    head_size, products = grad_out.shape[1] // heads, products_of(token_qkv)
     with on_device(token_qkv):
+        launch = launch or launch_for("attend_bwd", head_size, products.dtype, token_qkv.device)
+        tables = attend_tables(layout, launch.blocks["BT"])
+        token_qkv, node_qv, grad_out = token_qkv.contiguous(), node_qv.contiguous(), grad_out.contiguous()
+        d_token = torch.empty_like(token_qkv) if layout.spans is None else torch.zeros_like(token_qkv)
+        # Rows that no tile reads (nodes complete at the very end, the null row) stay zero.
+        d_node = torch.zeros_like(node_qv)
+        tiles, banks, width = tables.tile.shape[0], node_qv.shape[0], node_qv.shape[2]
+        shared_keys = tables.keys - tables.owned_keys
+        if tiles == 0:
+            return d_token, d_node
+        d_shared = torch.empty(tiles, banks, shared_keys, width, dtype=torch.float32, device=token_qkv.device)
         attend_bwd_kernel[(tiles * heads,)](
             token_qkv, node_qv, out.contiguous(), lse.contiguous(), grad_out, d_token, d_node, d_shared,
             tables.spans, tables.level_row, tables.tile, tables.key,
             *_sizes(layout, tables, node_qv, True), heads,
-            **_constants(launch, head_size, layout.expand, products), **launch.options(),
+            **_constants(launch, head_size, layout.expand, products), **launch.options,
         )  # fmt: skip
         if tables.shared.shape[0]:
             reduce = launch_for("attend_bwd_reduce", width, torch.float32, token_qkv.device)
-            columns = triton.cdiv(width, reduce["BC"])
+            columns = triton.cdiv(width, reduce.blocks["BC"])
             attend_bwd_reduce_kernel[(tables.shared.shape[0] * banks * columns,)](
                 d_shared, d_node, tables.shared, node_qv.shape[1], banks, shared_keys, width,
-                **reduce.blocks, **reduce.options(),
+                **reduce.blocks, **reduce.options,
             )  # fmt: skip
     return d_token, d_node
 
@@ -126,14 +115,14 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         data = pointer(dtype)
         tensors = dict.fromkeys(("token_qkv", "node_qv", "out", "d_out", "d_token", "d_node"), data)
         signature = tensors | {"lse": wide, "d_shared": wide} | tables | sizes
-        products = product_dtype_on(arch, dtype)
+        products = products_on(arch, dtype)
         for name, kernel in (("attend_fwd", attend_fwd_kernel), ("attend_bwd", attend_bwd_kernel)):
-            for head_size in LAUNCHES.widths(name, products):
-                launch = LAUNCHES.look_up(name, head_size, products, arch)
+            for head_size in LAUNCHES.widths(name, products.dtype):
+                launch = LAUNCHES.look_up(name, head_size, products.dtype, arch)
                 constants = _constants(launch, head_size, 0, products)
-                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, launch.options(), dtype, True)
+                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, launch.options, dtype, True)
         signature = {"d_shared": wide, "d_node": data, "shared": "*i64"}
         signature |= dict.fromkeys(("rows", "banks", "shared_keys", "width"), "i32")
         launch = LAUNCHES.look_up("attend_bwd_reduce", 16, torch.float32, arch)
-        sizes_and_options = dict(launch.blocks), launch.options()
+        sizes_and_options = dict(launch.blocks), launch.options
         yield CompileCase("attend_bwd_reduce", attend_bwd_reduce_kernel, signature, *sizes_and_options, dtype, True)

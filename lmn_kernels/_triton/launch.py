@@ -23,6 +23,7 @@ one more thing that the table is asked by, in the files as a level above the lau
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -45,10 +46,11 @@ class Launch:
     Attributes:
         num_warps: warps of a program.
         num_stages: stages of its software pipeline.
-        blocks: sizes by the names that the kernel or its launcher gives them (`KERNELS`); ``launch["BT"]`` is one.
+        blocks: sizes by the names that the kernel or its launcher gives them (`KERNELS`).
         maxnreg: registers that a thread may use; None leaves it to the assembler, which at times spills a few bytes
             to make room for one more program.
         source: what served it; not part of what makes two launches equal.
+        options: what Triton takes beside a kernel's own arguments.
     """
 
     num_warps: int
@@ -56,17 +58,14 @@ class Launch:
     blocks: Mapping[str, int] = field(hash=False)
     maxnreg: int | None = None
     source: str = field(default="the caller", compare=False)
+    options: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
         object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
-
-    def __getitem__(self, block: str) -> int:
-        return self.blocks[block]
-
-    def options(self) -> dict[str, int]:
-        """What Triton takes beside a kernel's own arguments."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
+        object.__setattr__(self, "options", MappingProxyType(options))
 
     def with_blocks(self, **blocks: int) -> Launch:
         """The same launch with other sizes."""
@@ -301,3 +300,29 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 LAUNCHES = Table(TUNED)
+
+
+class Target(NamedTuple):
+    """What the table is asked by: compute capability (75, 80, …), and what the device calls itself."""
+
+    arch: int
+    model: str | None
+
+
+# The interpreter has no architecture: it gets what the first one with products in 16 bits gets.
+_INTERPRETER = Target(80, None)
+
+
+def target(device: torch.device) -> Target:
+    return _INTERPRETER if device.index is None or device.type != "cuda" else _gpu(device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Target:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target(10 * major + minor, torch.cuda.get_device_name(index))
+
+
+def launch_for(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """`Table.look_up` for a device that a tensor is on: how to launch ``kernel`` there, and what served it."""
+    return LAUNCHES.look_up(kernel, width, dtype, *target(device))

@@ -24,12 +24,11 @@ from python_ref.layout import Layout, constant
 from python_ref.tree import LinearMerge
 
 from . import tree_kernels as kernels
-from .common import INTERPRETED, dot_precision, launch_for, on_device, product_dtype, triton_dtype
-from .launch import Launch
-from .tree_compile import DTYPES, block_arguments, compile_cases, of_two_sums
+from .common import INTERPRETED, Products, on_device, products_of
+from .launch import Launch, launch_for
 from .tree_tiles import EQUAL, PAIRED, TABLE
 
-__all__ = ["build_tree", "build_tree_backward", "child_table", "compile_cases"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Groups of at most so many features are built in blocks: the widest that have a launch.
 BLOCK_FEATURES = 128
@@ -39,13 +38,26 @@ TAIL_ELEMENTS = 1 << 20
 # Programs that a weight gradient is spread over, as far as there are rows for them.
 WEIGHT_PROGRAMS = 264
 
+# Tiles of small levels where there are none of their own.
+_NO_FEW = {"FEW": 0, "FEW_BM": 16, "FEW_BN": 16, "FEW_BK": 16}
+
+
+def of_two_sums(launch: Launch) -> Launch:
+    """A launch for tiles that keep two sums: gradients of a summarizer with a scale have columns half as wide."""
+    return launch.with_blocks(BN=max(launch.blocks["BN"] // 2, 16))
+
+
+def block_arguments(kernel: Any, launch: Launch) -> dict[str, int]:
+    """A launch's sizes as the constant arguments of a kernel."""
+    return {name: value for name, value in {**_NO_FEW, **launch.blocks}.items() if name in kernel.arg_names}
+
 
 class _Problem:
     """One call's sizes and flags, as the kernels take them."""
 
-    def __init__(self, x: Tensor, merge: LinearMerge, token: Tensor | None, layout: Layout):
+    def __init__(self, x: Tensor, merge: LinearMerge, token: Tensor | None, layout: Layout, products: Products):
         self.layout = layout
-        self.dtype, self.products, self.size = x.dtype, product_dtype(x), x.shape[1]
+        self.dtype, self.products, self.size = x.dtype, products.dtype, x.shape[1]
         self.x = x.contiguous()
         self.token = None if token is None else token.contiguous()
         self.weight, self.bias = merge.weight.contiguous(), merge.bias.contiguous()
@@ -79,8 +91,7 @@ class _Problem:
             "HAS_SCALE": self.scale is not None,
             "HAS_TOKEN": token is not None,
             "CHILDREN": self._children(),
-            "DOT": triton_dtype(self.products),
-            "PRECISION": dot_precision(),
+            **products.constants,
         }
 
     def _children(self) -> int:
@@ -110,7 +121,7 @@ class _Problem:
     def run(self, kernel: Any, grid: int, launch: Launch, cooperative: bool = False, **arguments: Any) -> None:
         if grid == 0:
             return
-        options: dict[str, Any] = dict(launch.options())
+        options: dict[str, Any] = dict(launch.options)
         if cooperative and not INTERPRETED:
             options["launch_cooperative_grid"] = True
         given = self.arguments | arguments
@@ -156,8 +167,8 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
 
     def tiles(level: int) -> int:
         rows = problem.rows(level, below=int(backward))
-        few = together and rows <= launch["FEW"]
-        row_size, col_size = (launch["FEW_BM"], launch["FEW_BN"]) if few else (launch["BM"], launch["BN"])
+        few = together and rows <= launch.blocks["FEW"]
+        row_size, col_size = (launch.blocks[f"FEW_{name}" if few else name] for name in ("BM", "BN"))
         units = problem.bank if not backward else 1 if level == 1 else problem.bank
         sides = 2 if backward and problem.scale is None else 1
         return units * sides * -(-rows // row_size) * -(-problem.size // col_size)
@@ -183,10 +194,10 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
 
 def _block_plan(layout: Layout, launch: Launch) -> list[tuple[int, int]]:
     """(first level, levels) of each launch, from below."""
-    plan, first = [], 1
+    plan, first, span, levels = [], 1, launch.blocks["SPAN"], launch.blocks["LEVELS"]
     while first <= layout.levels:
         remaining = layout.levels - first + 1
-        plan.append((first, remaining if remaining <= launch["SPAN"] else min(launch["LEVELS"], remaining)))
+        plan.append((first, remaining if remaining <= span else min(levels, remaining)))
         first += plan[-1][1]
     return plan
 
@@ -196,7 +207,7 @@ def _walk_blocks(problem: _Problem, kernel: Any, backward: bool, **pointers: Any
     layout, launch = problem.layout, problem.launch_of("block", backward)
     plan = _block_plan(layout, launch)
     for first, count in reversed(plan) if backward else plan:
-        blocks = -(-(layout.equal_length >> first) // (1 << (launch["SPAN"] - 1)))
+        blocks = -(-(layout.equal_length >> first) // (1 << (launch.blocks["SPAN"] - 1)))
         start = first + count - 1 if backward else first
         problem.run(
             kernel,
@@ -255,8 +266,8 @@ def build_tree(
     nodes[:, layout.unused_base :] = 0
     if carried is not None:
         nodes[:, layout.carry_base : layout.null_row] = carried.flatten(0, 1).transpose(0, 1)
-    problem = _Problem(x, merge, token, layout)
     with on_device(x):
+        problem = _Problem(x, merge, token, layout, products_of(x))
         if problem.in_blocks:
             _walk_blocks(problem, kernels.tree_block_fwd_kernel, False, p_nodes=nodes)
             return nodes
@@ -275,7 +286,7 @@ def build_tree_backward(
     """`python_ref.tree.build_tree_backward` by the kernels; rows that hold no node have the gradient zero."""
     if x.dtype not in DTYPES:
         return reference.build_tree_backward(grad_nodes, x, nodes, merge, token, layout)
-    problem = _Problem(x, merge, token, layout)
+    problem = _Problem(x, merge, token, layout, products_of(x))
     total = grad_nodes.to(x.dtype).clone(memory_format=torch.contiguous_format)
     # Every token of a sequence of even length has a parent, which writes its gradient.
     whole = layout.spans is None and layout.equal_length % 2 == 0
@@ -318,10 +329,10 @@ def _kernel_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Tens
     layout, device = problem.layout, problem.x.device
     launch = launch_for("tree_bwd_weight", problem.size, problem.products, device)
     banks = problem.group_size // problem.size
-    tiles = -(-problem.size // launch["BM"]) * -(-problem.size // launch["BN"])
+    tiles = -(-problem.size // launch.blocks["BM"]) * -(-problem.size // launch.blocks["BN"])
     tiles *= problem.groups * problem.taps * 2 * banks * banks
     rows = sum(problem.rows(level, below=1) for level in range(1, layout.levels + 1))
-    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * launch["BK"])), 1)
+    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * launch.blocks["BK"])), 1)
     shape = (splits, problem.groups, problem.taps, 2 * problem.group_size, problem.group_size)
     partial = torch.empty(shape, dtype=torch.float32, device=device)
     problem.run(

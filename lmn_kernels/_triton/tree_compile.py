@@ -1,4 +1,4 @@
-"""What the tree kernels are launched with beside a call's own sizes, and the list of what can be compiled."""
+"""The list of what can be compiled of the tree kernels."""
 
 from __future__ import annotations
 
@@ -8,25 +8,10 @@ from typing import Any
 import torch
 
 from . import tree_kernels as kernels
-from .common import CompileCase, pointer, product_dtype_on, triton_dtype
-from .launch import LAUNCHES, Launch
+from .common import CompileCase, pointer, products_on
+from .launch import LAUNCHES
+from .tree import DTYPES, block_arguments, of_two_sums
 from .tree_tiles import EQUAL, PAIRED, TABLE
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-# Tiles of small levels where there are none of their own.
-_NO_FEW = {"FEW": 0, "FEW_BM": 16, "FEW_BN": 16, "FEW_BK": 16}
-
-
-def of_two_sums(launch: Launch) -> Launch:
-    """A launch for tiles that keep two sums: gradients of a summarizer with a scale have columns half as wide."""
-    return launch.with_blocks(BN=max(launch["BN"] // 2, 16))
-
-
-def block_arguments(kernel: Any, launch: Launch) -> dict[str, int]:
-    """A launch's sizes as the constant arguments of a kernel."""
-    return {name: value for name, value in {**_NO_FEW, **launch.blocks}.items() if name in kernel.arg_names}
-
 
 # What compiling can differ in: (name, groups of one bank, 1+k, scale, token, children).
 _VARIANTS = (
@@ -66,14 +51,14 @@ def _case(
     launched: str, kernel: Any, size: int, variant: tuple[Any, ...], dtype: torch.dtype, arch: int
 ) -> CompileCase | None:
     name, alone, taps, scale, token, children = variant
-    products = product_dtype_on(arch, dtype)
+    products = products_on(arch, dtype)
     constants: dict[str, Any] = {"E": size, "C": size if alone else 2 * size, "TAPS": taps, "HAS_SCALE": scale}
-    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, "DOT": triton_dtype(products), "PRECISION": "ieee"}
+    constants |= {"HAS_TOKEN": token, "CHILDREN": children.value, **products.constants}
     known = {key: value for key, value in constants.items() if key in kernel.arg_names}
     # A kernel without the argument that makes a variant has no such variant.
     if (scale and "HAS_SCALE" not in known) or (token and "HAS_TOKEN" not in known):
         return None
-    launch = LAUNCHES.look_up(launched, size, products, arch)
+    launch = LAUNCHES.look_up(launched, size, products.dtype, arch)
     if scale and "p_total" in kernel.arg_names:
         launch = of_two_sums(launch)
     known |= block_arguments(kernel, launch)
@@ -84,4 +69,4 @@ def _case(
         if argument not in known
     }
     label = f"{launched}_{name}" if name else launched
-    return CompileCase(label, kernel, signature, known, launch.options(), dtype, True)
+    return CompileCase(label, kernel, signature, known, launch.options, dtype, True)

@@ -23,23 +23,14 @@ def under_autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def merge_under_autocast(merge: LinearMerge) -> LinearMerge:
-    """`under_autocast` of every tensor of a summarizer's map."""
-    scale = None if merge.scale is None else under_autocast(merge.scale)
-    return LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
+def tree_under_autocast(tokens: Tensor, merge: LinearMerge | None) -> tuple[Tensor, LinearMerge | None]:
+    """`under_autocast` of what a tree is built from: tokens, and a summarizer's map where it has one."""
+    if merge is not None:
+        scale = None if merge.scale is None else under_autocast(merge.scale)
+        merge = LinearMerge(under_autocast(merge.weight), under_autocast(merge.bias), scale)
+    return under_autocast(tokens), merge
 
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, of which the step's operations know nothing."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def refuse_tangents(**tensors: Tensor | None) -> None:
-    """The operations have no forward-mode derivative, and the dispatcher would drop a tangent without a word.
-
-    Raises:
-        NotImplementedError: a tensor carries one; the message names it.
-    """
-    for name, tensor in tensors.items():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{name}: expected a tensor without a forward-mode tangent; use backward mode")

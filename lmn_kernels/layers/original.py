@@ -10,7 +10,7 @@ from python_ref.layout import Layout, level_count, stack_height, state_rows
 from python_ref.sequences import Sequences
 
 from ..states.memory import MemoryState
-from .parallel import nodes_of
+from .parallel import tree_of
 from .parts import MixingParts, check_input, fit
 from .sequential import advance
 
@@ -32,7 +32,7 @@ def memory_of(layer: MixingParts, x: Tensor) -> Tensor:
     check_input(layer, x)
     batch, length = x.shape[:2]
     sequences = Sequences.equal(batch, length)
-    nodes = nodes_of(layer, x.reshape(-1, layer.embedding), sequences)
+    _, nodes = tree_of(layer, x, sequences)
     layout = Layout(sequences, layer.expand, x.device)
     sequence = torch.arange(batch, device=x.device)[:, None].expand(-1, length)
     position = torch.arange(1, length + 1, device=x.device).expand(batch, -1)

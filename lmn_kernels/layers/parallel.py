@@ -11,7 +11,7 @@ from python_ref.sequences import Sequences
 from python_ref.tree import build_tree_with
 
 from ..backend.choice import BackendError, wanted
-from ..backend.transforms import merge_under_autocast, under_autocast
+from ..backend.transforms import tree_under_autocast
 from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
@@ -27,8 +27,8 @@ def run(
         state = fit(layer, state, sequences.count, sequences.max_position, x.device)
     # Padding is cut off on the way in and on the way out: whatever it holds, NaN included, reaches
     # neither an output nor, multiplied by a zero gradient, a weight.
-    is_token, padding = sequences.is_token(), None
-    if is_token is not None:
+    padding = None
+    if sequences.spans is not None and (is_token := sequences.is_token()) is not None:
         padding = ~is_token.view(*x.shape[:2], 1)
         x = x.masked_fill(padding, 0)
     around = layer.around()
@@ -40,12 +40,9 @@ def run(
 def _mix(
     layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
 ) -> tuple[Tensor, MemoryState | None]:
-    flat = under_autocast(x.reshape(-1, layer.embedding))
-    token = carried = None
     if state is not None:
         sequences = sequences.after(state.position, state.max_position, state.levels)
-        token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
-    nodes = nodes_of(layer, flat, sequences, token, carried)
+    flat, nodes = tree_of(layer, x, sequences, state)
     if layer.lean and torch.is_grad_enabled():
         read = checkpoint(_read, layer, flat, nodes, sequences, use_reentrant=False, preserve_rng_state=False)
     else:
@@ -62,12 +59,13 @@ def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences)
     return out, node_qv
 
 
-def nodes_of(
-    layer: MixingParts, flat: Tensor, sequences: Sequences, token: Tensor | None = None, carried: Tensor | None = None
-) -> Tensor:
-    """Every node of the tree over ``flat [M, E]``, ``[m, rows, E]``; see `lmn_kernels.build_tree`."""
+def tree_of(
+    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None = None
+) -> tuple[Tensor, Tensor]:
+    """The tokens of ``x [B, L, E]`` as ``[M, E]``, in autocast's dtype if there is one, and every node above them."""
     summarizer, expander = layer.summarizer, layer.expander
     linear = summarizer if isinstance(summarizer, LinearMapSummarizer) else None
+    flat, merge = x.reshape(-1, layer.embedding), None
     # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
     folds = expander is None or flat.shape[0] > layer.embedding
     if (linear is None or not folds) and (asked := wanted(layer.backend, "build_tree")) not in ("auto", "reference"):
@@ -78,10 +76,14 @@ def nodes_of(
         folds = True  # kernels take no other form
     if linear is not None and folds:
         merge = linear.merge() if expander is None else expander.fold(linear.merge())
-        merge = merge_under_autocast(merge)
-        return build_tree(flat, merge, sequences, token=token, carried=carried, backend=layer.backend)
+    flat, merge = tree_under_autocast(flat, merge)
+    token = carried = None
+    if state is not None:
+        token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
+    if merge is not None:
+        return flat, build_tree(flat, merge, sequences, token=token, carried=carried, backend=layer.backend)
     layout = Layout(sequences, layer.expand, flat.device)
-    return build_tree_with(merge_stacks_of(layer), flat, layer.bank, token, carried, layout)
+    return flat, build_tree_with(merge_stacks_of(layer), flat, layer.bank, token, carried, layout)
 
 
 def _state_after(

@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from python_ref import attention as reference
-from python_ref.checks import check_device, check_float, check_positive, check_shape
-from python_ref.layout import node_rows
+from python_ref.checks import check_device, check_float, check_no_tangent, check_positive, check_shape
+from python_ref.layout import Layout, node_rows
 from python_ref.precision import compute_dtype
 from python_ref.sequences import Sequences
 
 from ..backend.choice import resolve
-from ..backend.transforms import refuse_tangents
-from .library import OPS, WHERE, Where, launcher, pack, register, second_derivative
+from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
 def attend(
@@ -53,18 +52,15 @@ def attend(
     check_float("node_qv", node_qv, token_qkv.dtype)
     check_device("node_qv", node_qv, token_qkv.device)
     check_shape("node_qv", node_qv, (None, rows, 2 * size), "[bank, rows, 2·embedding]")
-    refuse_tangents(token_qkv=token_qkv, node_qv=node_qv)
+    check_no_tangent("token_qkv", token_qkv)
+    check_no_tangent("node_qv", node_qv)
     served = resolve(backend, "attend", token_qkv.device, token_qkv.dtype, size // heads)
     out, lse = OPS.attend(token_qkv, node_qv, heads, *pack(sequences, expand, served))
     return out, lse
 
 
-_NO_WHERE = (None,) * 6
-
-
-def _run(token_qkv: Tensor, node_qv: Tensor, heads: int, *packed: Any) -> tuple[Tensor, Tensor]:
-    where = Where(token_qkv.shape[0], packed)
-    return launcher("attention", where.backend).attend(token_qkv, node_qv, heads, where.layout(token_qkv.device))
+def _run(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout, kernels: Any) -> tuple[Tensor, Tensor]:
+    return kernels.attend(token_qkv, node_qv, heads, layout)
 
 
 def _fake(token_qkv: Tensor, node_qv: Tensor, heads: int, *packed: Any) -> tuple[Tensor, Tensor]:
@@ -74,23 +70,27 @@ def _fake(token_qkv: Tensor, node_qv: Tensor, heads: int, *packed: Any) -> tuple
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    token_qkv, node_qv, ctx.heads, spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend = inputs
+    token_qkv, node_qv, ctx.heads, spans, *ctx.sizes = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(token_qkv, node_qv, *output, spans)
 
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, spans = ctx.saved_tensors
-    packed = spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend
-    return (*OPS.attend_backward(grad, *tensors, ctx.heads, *packed), None, *_NO_WHERE)
+    return (*OPS.attend_backward(grad, *tensors, ctx.heads, spans, *ctx.sizes), None, *NO_WHERE)
 
 
 def _run_backward(
-    grad: Tensor, token_qkv: Tensor, node_qv: Tensor, out: Tensor, lse: Tensor, heads: int, *packed: Any
+    grad: Tensor,
+    token_qkv: Tensor,
+    node_qv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    layout: Layout,
+    kernels: Any,
 ) -> tuple[Tensor, Tensor]:
-    where = Where(token_qkv.shape[0], packed)
-    run = launcher("attention", where.backend).attend_backward
-    return run(grad, token_qkv, node_qv, out, lse, heads, where.layout(token_qkv.device))
+    return kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
 
 
 def _fake_backward(grad: Tensor, token_qkv: Tensor, node_qv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -98,26 +98,31 @@ def _fake_backward(grad: Tensor, token_qkv: Tensor, node_qv: Tensor, *rest: Any)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, token_qkv, node_qv, _, _, ctx.heads, spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend = inputs
+    grad, token_qkv, node_qv, _, _, ctx.heads, spans, *ctx.sizes = inputs
     ctx.save_for_backward(grad, token_qkv, node_qv, spans)
 
 
 def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, token_qkv, node_qv, spans = ctx.saved_tensors
-    where = Where(token_qkv.shape[0], (spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend))
-    layout = where.fresh_layout(token_qkv.device)
+    where = Where((spans, *ctx.sizes))
+    layout = where.layout(token_qkv.device)
 
     def forward(given: list[Any]) -> Tensor:
         tokens, nodes = given
         return reference.attend(tokens, nodes, ctx.heads, layout)[0]
 
-    found = second_derivative("attend", ctx.backend, forward, [token_qkv, node_qv], grad, list(grad_grads))
+    found = second_derivative("attend", where.backend, forward, [token_qkv, node_qv], grad, list(grad_grads))
     # out and lse are functions of the other inputs, and were treated as such.
-    return (*found, None, None, None, *_NO_WHERE)
+    return (*found, None, None, None, *NO_WHERE)
 
 
 register(
-    f"attend(Tensor token_qkv, Tensor node_qv, int heads, {WHERE}) -> (Tensor, Tensor)", _run, _fake, _gradient, _save
+    f"attend(Tensor token_qkv, Tensor node_qv, int heads, {WHERE}) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _gradient,
+    _save,
+    "attention",
 )
 register(
     f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor out, Tensor lse, int heads, {WHERE}) "
@@ -126,4 +131,5 @@ register(
     _fake_backward,
     _second_gradient,
     _save_backward,
+    "attention",
 )

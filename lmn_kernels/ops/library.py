@@ -25,27 +25,28 @@ _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 
 OPS = torch.ops.lmn_kernels
 
-# How a schema says which rows belong together (`python_ref.sequences`), and who computes: `pack` and `Where`.
-WHERE = "Tensor? spans, SymInt sequences, SymInt max_position, int? carried_levels, int expand, str backend"
+# How a schema says which rows belong together (`python_ref.sequences`), k of the expander, and who computes.
+WHERE = (
+    "Tensor? spans, SymInt tokens, SymInt sequences, SymInt max_position, int? carried_levels, int expand, str backend"
+)
+# The gradients of what `WHERE` names: there are none.
+NO_WHERE = (None,) * 7
 
 
 def pack(sequences: Sequences, expand: int, backend: str) -> tuple[Any, ...]:
     """The arguments that `WHERE` names."""
-    levels = sequences.carried_levels
-    return sequences.spans, sequences.count, sequences.max_position, levels, expand, backend
+    sizes = sequences.tokens, sequences.count, sequences.max_position, sequences.carried_levels
+    return (sequences.spans, *sizes, expand, backend)
 
 
 class Where:
-    """What `pack` packed, for ``tokens`` rows."""
+    """What `pack` packed."""
 
-    def __init__(self, tokens: int, packed: Sequence[Any]):
-        spans, count, max_position, levels, self.expand, self.backend = packed
+    def __init__(self, packed: Sequence[Any]):
+        spans, tokens, count, max_position, levels, self.expand, self.backend = packed
         self.sequences = Sequences(tokens, count, max_position, spans, levels)
 
     def layout(self, device: torch.device) -> Layout:
-        return make_layout(self.sequences, self.expand, device)
-
-    def fresh_layout(self, device: torch.device) -> Layout:
         """A layout that is not kept: its tables may be those of a trace."""
         return Layout(self.sequences, self.expand, device)
 
@@ -56,20 +57,31 @@ def register(
     fake: Callable[..., Any],
     gradient: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
+    module: str | None = None,
 ) -> Callable[..., Any]:
     """Declare an operation, and the reference or a launcher as its implementation on every device.
 
     Args:
         schema: ``name(arguments) -> results``.
         implementation: computes in the dtypes it is given: what autocast casts is cast before (`under_autocast`).
+            Where ``module`` is given, its schema ends with `WHERE`, and it takes a `Layout` and the `launcher` in the
+            place of that.
         fake: results of the right shape and dtype.
         gradient, save: those of `torch.library.register_autograd`; an operation without them has no gradient.
+        module: where each backend computes a batch of sequences: see `launcher`.
 
     Returns:
         The implementation, also where the extension takes its place.
     """
 
     def run(first: Tensor, *rest: Any) -> Any:
+        if module is not None:
+            where = Where(rest[-len(NO_WHERE) :])
+            kernels = launcher(module, where.backend)
+            layout = make_layout(where.sequences, where.expand, first.device)
+            rest = (*rest[: -len(NO_WHERE)], layout, kernels)
+        if not torch._C._is_any_autocast_enabled():
+            return implementation(first, *rest)
         with no_autocast(first.device):
             return implementation(first, *rest)
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from python_ref import look_ahead as reference
-from python_ref.checks import check_device, check_float, check_ids, check_positive, check_shape
+from python_ref.checks import check_device, check_float, check_ids, check_no_tangent, check_positive, check_shape
 from python_ref.precision import compute_dtype
 
 from ..backend.choice import resolve
-from ..backend.transforms import refuse_tangents
 from .library import OPS, launcher, register, second_derivative
 
 
@@ -103,7 +102,9 @@ def look_ahead_attend(
         if value is not None:
             check_float(name, value, q.dtype)
             check_device(name, value, q.device)
-    refuse_tangents(q=q, kv=kv, bias=bias, table=table, output=output, lse=lse)
+    for name, value in (("q", q), ("kv", kv), ("bias", bias), ("table", table), ("output", output), ("lse", lse)):
+        if value is not None:
+            check_no_tangent(name, value)
     served = resolve(backend, "look_ahead_attend", q.device, q.dtype, size)
     out, total = OPS.look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, future_row, served)
     return out, total

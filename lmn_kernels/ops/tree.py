@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from python_ref import tree as reference
-from python_ref.checks import check_device, check_float, check_shape
-from python_ref.layout import node_rows, state_rows
+from python_ref.checks import check_device, check_float, check_no_tangent, check_shape
+from python_ref.layout import Layout, node_rows, state_rows
 from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
 from ..backend.choice import resolve
-from ..backend.transforms import refuse_tangents
-from .library import OPS, WHERE, Where, launcher, pack, register, second_derivative
+from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
 def build_tree(
@@ -49,12 +48,6 @@ def build_tree(
         BackendError: the named backend cannot serve the call.
     """
     _check(x, merge, sequences, token, carried)
-    refuse_tangents(
-        x=x,
-        token=token,
-        carried=carried,
-        **{"merge.weight": merge.weight, "merge.bias": merge.bias, "merge.scale": merge.scale},
-    )
     where = pack(sequences, merge.weight.shape[1] - 1, resolve(backend, "build_tree", x.device, x.dtype))
     return OPS.build_tree(x, *merge, token, carried, *where)
 
@@ -91,11 +84,12 @@ def _check(x: Tensor, merge: LinearMerge, sequences: Sequences, token: Tensor | 
         if value is not None:
             check_float(name, value, x.dtype)
             check_device(name, value, x.device)
+            check_no_tangent(name, value)
+    check_no_tangent("x", x)
 
 
 # What the operation and its gradient take of a tree, in their order.
 _TREE = "Tensor weight, Tensor bias, Tensor? scale, Tensor? token, Tensor? carried"
-_NO_WHERE = (None,) * 6
 
 
 def _bank(x: Tensor, weight: Tensor) -> int:
@@ -109,27 +103,28 @@ def _run(
     scale: Tensor | None,
     token: Tensor | None,
     carried: Tensor | None,
-    *packed: Any,
+    layout: Layout,
+    kernels: Any,
 ) -> Tensor:
-    merge, bank, where = LinearMerge(weight, bias, scale), _bank(x, weight), Where(x.shape[0], packed)
-    return launcher("tree", where.backend).build_tree(x, merge, bank, token, carried, where.layout(x.device))
+    merge, bank = LinearMerge(weight, bias, scale), _bank(x, weight)
+    return kernels.build_tree(x, merge, bank, token, carried, layout)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, token: Any, carried: Any, *packed: Any) -> Tensor:
-    where = Where(x.shape[0], packed)
+    where = Where(packed)
     return x.new_empty(_bank(x, weight), node_rows(where.sequences, where.expand), x.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend = inputs
+    *tensors, spans = inputs[: -len(NO_WHERE) + 1]
+    ctx.sizes = inputs[-len(NO_WHERE) + 1 :]
     ctx.save_for_backward(*tensors, spans, output)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *tree, spans, nodes = ctx.saved_tensors
-    packed = spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend
-    grads = OPS.build_tree_backward(grad, x, nodes, *tree, *packed)
-    return (*(None if like is None else g for like, g in zip((x, *tree), grads, strict=True)), *_NO_WHERE)
+    grads = OPS.build_tree_backward(grad, x, nodes, *tree, spans, *ctx.sizes)
+    return (*(None if like is None else g for like, g in zip((x, *tree), grads, strict=True)), *NO_WHERE)
 
 
 def _run_backward(
@@ -141,11 +136,11 @@ def _run_backward(
     scale: Tensor | None,
     token: Tensor | None,
     carried: Tensor | None,
-    *packed: Any,
+    layout: Layout,
+    kernels: Any,
 ) -> tuple[Tensor, ...]:
-    where, merge = Where(x.shape[0], packed), LinearMerge(weight, bias, scale)
-    run = launcher("tree", where.backend).build_tree_backward
-    grads = run(grad, x, nodes, merge, token, where.layout(x.device))
+    merge = LinearMerge(weight, bias, scale)
+    grads = kernels.build_tree_backward(grad, x, nodes, merge, token, layout)
     return tuple(x.new_empty(0) if part is None else part for part in grads)
 
 
@@ -154,14 +149,15 @@ def _fake_backward(grad: Tensor, x: Tensor, nodes: Tensor, *rest: Any) -> tuple[
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, x, nodes, *tree, spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend = inputs
+    grad, x, nodes, *tree, spans = inputs[: -len(NO_WHERE) + 1]
+    ctx.sizes = inputs[-len(NO_WHERE) + 1 :]
     ctx.save_for_backward(grad, x, *tree, spans)
 
 
 def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, x, *tree, spans = ctx.saved_tensors
-    where = Where(x.shape[0], (spans, ctx.count, ctx.last, ctx.levels, ctx.expand, ctx.backend))
-    layout = where.fresh_layout(x.device)
+    where = Where((spans, *ctx.sizes))
+    layout = where.layout(x.device)
 
     def forward(given: list[Any]) -> Tensor:
         x, weight, bias, scale, token, carried = given
@@ -170,13 +166,13 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
             lambda left, right: reference.merge_stacks(merge, left, right), x, _bank(x, weight), token, carried, layout
         )
 
-    found = second_derivative("build_tree", ctx.backend, forward, [x, *tree], grad, list(grad_grads))
+    found = second_derivative("build_tree", where.backend, forward, [x, *tree], grad, list(grad_grads))
     grad, to_x, *to_tree = found
     # The nodes are a function of the other inputs, and were treated as one.
-    return (grad, to_x, None, *to_tree, *_NO_WHERE)
+    return (grad, to_x, None, *to_tree, *NO_WHERE)
 
 
-register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save)
+register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save, "tree")
 register(
     f"build_tree_backward(Tensor grad, Tensor x, Tensor nodes, {_TREE}, {WHERE}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -184,4 +180,5 @@ register(
     _fake_backward,
     _second_gradient,
     _save_backward,
+    "tree",
 )

@@ -28,7 +28,7 @@ def write(folder: Path, launches: object, device: object = MODEL, arch: object =
 
 
 def values(found: Launch) -> dict[str, int]:
-    return {**found.blocks, **found.options()}
+    return {**found.blocks, **found.options}
 
 
 # What the kernels were launched with before there was one table.
@@ -249,10 +249,10 @@ def test_a_launch_is_a_value():
     assert one == same and hash(one) == hash(same) and one.source == "the caller"
     for other in (Launch(8, 2, one.blocks), Launch(4, 2, one.blocks, maxnreg=64), one.with_blocks(BT=32)):
         assert other != one
-    assert one.with_blocks(BT=32)["BT"] == 32 and one["BT"] == 64
+    assert one.with_blocks(BT=32).blocks["BT"] == 32 and one.blocks["BT"] == 64
     with pytest.raises(TypeError):
         one.blocks["BT"] = 16
-    assert one.options() == {"num_warps": 4, "num_stages": 2}
+    assert one.options == {"num_warps": 4, "num_stages": 2}
 
 
 @pytest.mark.parametrize(
@@ -312,27 +312,23 @@ class TestWithTriton:
 
     def test_a_block_has_no_more_levels_than_nodes(self):
         for found in every_launch("tree_block_fwd", "tree_block_bwd"):
-            assert found["LEVELS"] <= found["SPAN"]
+            assert found.blocks["LEVELS"] <= found.blocks["SPAN"]
 
     def test_a_device_is_asked_once_and_its_file_serves_it(self, tmp_path, monkeypatch):
-        from lmn_kernels._triton import common
-
         write(tmp_path, entry(num_warps=16))
         asked = []
-        monkeypatch.setattr(common, "LAUNCHES", Table(tmp_path))
+        monkeypatch.setattr(launch, "LAUNCHES", Table(tmp_path))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (asked.append(index), (9, 0))[1])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: MODEL if index == 1 else "another GPU")
-        common._gpu.cache_clear()
+        launch._gpu.cache_clear()
         try:
-            found = [common.launch_for("attend_fwd", 16, HALF, torch.device("cuda", i)) for i in (1, 0, 1, 0)]
+            found = [launch.launch_for("attend_fwd", 16, HALF, torch.device("cuda", i)) for i in (1, 0, 1, 0)]
         finally:
-            common._gpu.cache_clear()
+            launch._gpu.cache_clear()
         assert [one.source for one in found] == ["tuned/Made-up_GPU_9_X.json", "the defaults of sm_80"] * 2
         assert asked == [1, 0]
 
     def test_the_interpreter_has_the_defaults_of_the_first_architecture_with_products_in_16_bits(self):
-        from lmn_kernels._triton import common
-
-        found = common.launch_for("attend_fwd", 64, HALF, torch.device("cpu"))
+        found = launch.launch_for("attend_fwd", 64, HALF, torch.device("cpu"))
         assert found == LAUNCHES.look_up("attend_fwd", 64, HALF, 80)
         assert found.source == "the defaults of sm_80"

@@ -57,6 +57,7 @@ def operands(case: str, dtype: torch.dtype, size: int = 6, length: int = 7) -> d
         "token_qkv": normal(sequences * length, 3 * size),
         "heads": 2 if size % 2 == 0 else 1,
         "spans": None,
+        "tokens": sequences * length,
         "sequences": sequences,
         "max_position": length,
         "carried_levels": None,
