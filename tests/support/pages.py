@@ -18,7 +18,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 _PARSER = MarkdownIt("commonmark", {"html": True}).enable("table")
-_COMMAND = re.compile(r"\bpython -m (?P<module>[\w.]+)(?: (?P<word>[a-z][a-z0-9-]*)\b)?|(?:^|[\s&;(])make (?P<target>[a-z][a-z-]*)")
+_COMMAND = re.compile(
+    r"\bpython -m (?P<module>[\w.]+)(?: (?P<word>[a-z][a-z0-9-]*)\b)?|(?:^|[\s&;(])make (?P<target>[a-z][a-z-]*)"
+)
 _HTML_LINK = re.compile(r'\b(?:src|srcset|href)="([^"]+)"')
 _FOLDERS = ("lmn_kernels", "python_ref", "bench", "tests", "csrc", "docs")
 _PATH = re.compile(rf"(?:{'|'.join(_FOLDERS)})/[\w./-]*")
