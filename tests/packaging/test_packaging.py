@@ -147,6 +147,12 @@ def test_requirements(wheel):
     assert "+" not in re.sub(r"#.*", "", (ROOT / "constraints.txt").read_text())
 
 
+def test_commits_are_linted_as_here():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    ruff = re.search(r"^ruff==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall(r"/ruff-pre-commit\n +rev: v(\S+)", hooks) == [ruff[1]]
+
+
 @needs_pip
 def test_version(wheel):
     assert metadata(wheel)["Version"] == lmn_kernels.__version__
