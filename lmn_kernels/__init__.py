@@ -10,7 +10,7 @@ from python_ref.step import StepWeights
 from python_ref.tree import LinearMerge
 
 from ._version import __version__
-from .backend.choice import BackendError
+from .backend.choice import BackendError, why_not
 from .backend.info import info
 from .layers.block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
 from .layers.look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
@@ -50,4 +50,5 @@ __all__ = [
     "look_ahead_attend",
     "save_states",
     "update_",
+    "why_not",
 ]

@@ -183,6 +183,10 @@ class StepWeights(NamedTuple):
     block: tuple[Tensor, ...] = ()
     eps: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (*self.tensors, *self.block))
+        return f"StepWeights({self.summarizer}, heads={self.heads}, expand={self.expand}, tensors of {shapes})"
+
     def named(self) -> Weights:
         """The tensors by name.
 

@@ -12,7 +12,7 @@ from python_ref.layout import Layout, node_rows
 from python_ref.precision import compute_dtype
 from python_ref.sequences import Sequences
 
-from ..backend.choice import resolve
+from ..backend.choice import declare, resolve
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -116,6 +116,7 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     return (*found, None, None, None, *NO_WHERE)
 
 
+declare("attend", "triton", widest=(256, 128))
 register(
     f"attend(Tensor token_qkv, Tensor node_qv, int heads, {WHERE}) -> (Tensor, Tensor)",
     _run,

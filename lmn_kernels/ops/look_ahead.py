@@ -11,7 +11,7 @@ from python_ref import look_ahead as reference
 from python_ref.checks import check_device, check_float, check_ids, check_no_tangent, check_positive, check_shape
 from python_ref.precision import compute_dtype
 
-from ..backend.choice import resolve
+from ..backend.choice import declare, resolve
 from .library import OPS, launcher, register, second_derivative
 
 
@@ -187,6 +187,7 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
 
 register(f"look_ahead_attend({_OPERANDS}, {_SEEDS}, {_REACH}) -> (Tensor, Tensor)", _run, _fake, _gradient, _save)
+declare("look_ahead_attend", "triton", widest=(128, 64))
 register(
     f"look_ahead_attend_backward(Tensor grad, Tensor grad_lse, {_OPERANDS}, Tensor out, Tensor total, {_SEEDS}, "
     f"{_REACH}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -13,7 +13,7 @@ from python_ref.checks import check_device, check_float, check_ids, check_shape,
 from python_ref.step import StepWeights, Weights
 
 from ..backend import env
-from ..backend.choice import resolve, wanted
+from ..backend.choice import declare, resolve, wanted
 from ..states.memory import MemoryState
 from .library import OPS, register
 
@@ -214,6 +214,7 @@ def _step(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return (_decode(x, None, *state, *given[_PARTS:]), *state)
 
 
+declare("step", "cpp")
 # By name, also where the extension has taken the reference's place.
 _REFERENCE = {
     "update_": register(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> ()", _update, lambda x, *_: None),

@@ -12,7 +12,7 @@ from python_ref.layout import Layout, node_rows, state_rows
 from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
-from ..backend.choice import resolve
+from ..backend.choice import declare, resolve
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -173,6 +173,7 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
 
 register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save, "tree")
+declare("build_tree", "triton")
 register(
     f"build_tree_backward(Tensor grad, Tensor x, Tensor nodes, {_TREE}, {WHERE}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

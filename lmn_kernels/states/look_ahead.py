@@ -22,7 +22,7 @@ from python_ref.checks import (
 from . import files
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LookAheadState:
     """The memory of B streams, M rows each, oldest first (LaMemo, section 1).
 
@@ -47,6 +47,14 @@ class LookAheadState:
     start: Tensor
     tokens: int
     is_even: bool
+
+    def __repr__(self) -> str:
+        kept = self.inputs[0]
+        return (
+            f"LookAheadState(batch_size={self.batch_size}, length={self.length}, embedding={kept.shape[2]}, "
+            f"inputs={len(self.inputs)}, outputs={len(self.outputs)}, tokens={self.tokens}, is_even={self.is_even}, "
+            f"{kept.dtype}, {kept.device})"
+        )
 
     @property
     def batch_size(self) -> int:

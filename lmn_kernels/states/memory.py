@@ -26,7 +26,7 @@ from . import files
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MemoryState:
     """What a layer remembers of B sequences, each at its own position (specification, section 3).
 
@@ -76,6 +76,13 @@ class MemoryState:
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
         return cls(position, token, nodes, q, v, expand, levels, 0)
+
+    def __repr__(self) -> str:
+        rows, _, bank, size = self.nodes.shape
+        return (
+            f"MemoryState(batch_size={rows}, embedding={size}, bank={bank}, expand={self.expand}, "
+            f"levels={self.levels}, max_position={self.max_position}, {self.nodes.dtype}, {self.nodes.device})"
+        )
 
     @property
     def batch_size(self) -> int:

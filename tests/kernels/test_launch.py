@@ -263,13 +263,14 @@ def test_a_launch_is_a_value():
     ],
 )
 def test_the_backend_takes_heads_as_wide_as_there_are_launches(operation, kernels):
-    for dtypes, widest in zip(((HALF, BRAIN), (SINGLE,)), choice._WIDEST[operation], strict=True):
+    for dtypes, widest in zip(((HALF, BRAIN), (SINGLE,)), choice.OPERATIONS[operation].widest, strict=True):
         assert {LAUNCHES.widths(kernel, dtype)[-1] for kernel in kernels for dtype in dtypes} == {widest}
 
 
 def test_only_kernels_of_heads_are_bounded_in_the_backend():
     bounded = {name.split("_")[0] for name, kernel in KERNELS.items() if kernel.bound == "heads"}
-    assert bounded == {"attend", "look"} and set(choice._WIDEST) == {"attend", "look_ahead_attend"}
+    assert bounded == {"attend", "look"}
+    assert {name for name, own in choice.OPERATIONS.items() if own.widest} == {"attend", "look_ahead_attend"}
 
 
 class TestWithTriton:

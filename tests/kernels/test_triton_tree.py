@@ -295,6 +295,6 @@ def test_compile_cases_are_complete():
     assert len(names) == len(list(tree_compile.compile_cases(80)))
     for kernel in (name for name in KERNELS if name.startswith("tree_")):
         found = every_launch(kernel)
-        sizes = {launch[name] for launch in found for name in launch.blocks if name.endswith(("BM", "BN", "BK"))}
+        sizes = {launch.blocks[name] for launch in found for name in launch.blocks if name.endswith(("BM", "BN", "BK"))}
         assert len(found) <= 12 and all(part >= 16 and part & (part - 1) == 0 for part in sizes), kernel
     assert tree.launch_for("tree_block_fwd", 80, HALF, DEVICE) == tree.launch_for("tree_block_fwd", 128, HALF, DEVICE)
