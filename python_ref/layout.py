@@ -21,12 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .sequences import Sequences
+
+Made = TypeVar("Made")
 
 
 def level_count(position: int) -> int:
@@ -165,14 +167,15 @@ class Layout:
         self.unused_base = base
         self._memo: dict[Hashable, Any] = {}
 
-    def keep(self, key: Hashable, build: Callable[[], Any]) -> Any:
+    def keep(self, key: Hashable, build: Callable[[], Made]) -> Made:
         """What ``build`` makes, made once for this layout."""
         if key not in self._memo:
             self._memo[key] = build()
             if self.kept and self.device.type == "cuda":
                 # A later call may come on another stream, which nothing orders behind this one.
                 torch.cuda.current_stream(self.device).synchronize()
-        return self._memo[key]
+        made: Made = self._memo[key]
+        return made
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``start, length, offset [S]``, ``first [D+1, S]`` (index of the first new node of each level)

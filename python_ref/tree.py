@@ -47,7 +47,8 @@ class _Groups:
         """``[G, ..., C]`` → ``[m, ..., E]``."""
         if self.groups == self.bank:
             return grouped
-        return grouped[0].unflatten(-1, (self.bank, -1)).movedim(-2, 0)
+        banks: Tensor = grouped[0].unflatten(-1, (self.bank, -1)).movedim(-2, 0)
+        return banks
 
     def pair(self, children: Tensor) -> Tensor:
         """Children ``[G, P, 2, h, C]`` → matrix ``[G, P·h, 2C]`` (``C`` with a scale)."""
@@ -62,7 +63,8 @@ class _Groups:
         if self.scale is not None:
             grad = grad.unflatten(1, (-1, height))[:, :, None]
             return grad * self.scale.transpose(0, 1)[:, None, :, None, :]
-        return grad.unflatten(1, (-1, height)).unflatten(-1, (2, -1)).transpose(2, 3)
+        sides: Tensor = grad.unflatten(1, (-1, height)).unflatten(-1, (2, -1)).transpose(2, 3)
+        return sides
 
 
 def _fold(taps: Tensor, height: int, expand: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients, error
 from lmn_kernels import LinearMerge, Sequences
+from lmn_kernels._triton.launch import launch_for
 from python_ref import attention as ref_attention
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout, level_count, stack_height
@@ -82,7 +83,7 @@ def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterat
     from lmn_kernels._triton import attention as kernels
 
     dtype, width = given
-    forward, backward = (kernels.launch_for(name, width, dtype, device) for name in ("attend_fwd", "attend_bwd"))
+    forward, backward = (launch_for(name, width, dtype, device) for name in ("attend_fwd", "attend_bwd"))
     values, gradients = TOLERANCE[dtype]
     for form, expand in (("equal", 0), ("packed", 0), ("continued", 1)):
         sequences = sequences_of(form, length, device)
@@ -208,7 +209,6 @@ def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[t
     want = ref_tree.build_tree_backward(grad.double(), x.double(), expected, exact, past[0], layout)
 
     used: set[str] = set()
-    launch_for = kernels.launch_for
 
     def watched(kernel: str, *args: Any) -> Any:
         used.add(kernel)

@@ -50,7 +50,8 @@ def _sizes(q: Tensor, kv: Tensor, tokens: int, window: int, future_row: int) -> 
 
 
 def _row_blocks(rows: int, tokens: int, width: int) -> int:
-    return triton.cdiv(rows - tokens, width) + triton.cdiv(tokens, width)
+    blocks: int = triton.cdiv(rows - tokens, width) + triton.cdiv(tokens, width)
+    return blocks
 
 
 def attend(

@@ -97,9 +97,9 @@ class _Problem:
     def _children(self) -> int:
         layout = self.layout
         if layout.spans is not None:
-            return TABLE.value
+            return int(TABLE.value)
         odd = any(layout.equal_length >> level & 1 for level in range(layout.levels))
-        return EQUAL.value if odd and layout.sequences > 1 else PAIRED.value
+        return int(EQUAL.value if odd and layout.sequences > 1 else PAIRED.value)
 
     def _tail_start(self) -> int:
         """The lowest level from which on all levels are small."""

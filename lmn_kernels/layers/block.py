@@ -18,14 +18,17 @@ from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
 class FeedForward(nn.Module):
     """``Linear(E, F) → SiLU → Linear(F, E)``."""
 
-    def __init__(self, embedding: int, width: int, device=None, dtype=None):
+    def __init__(
+        self, embedding: int, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.fc1 = nn.Linear(embedding, width, device=device, dtype=dtype)
         self.fc2 = nn.Linear(width, embedding, device=device, dtype=dtype)
         self.activation = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
 
 
 class LogarithmicMemory(LogarithmicMixing):
@@ -81,7 +84,7 @@ class LogarithmicMemory(LogarithmicMixing):
             check_positive("feedforward_mult · embedding", width)
             self.norm2 = nn.RMSNorm(embedding, device=device, dtype=dtype)
             self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
-        self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)
+        self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)  # type: ignore[no-untyped-call]
 
     def around(self) -> Around:
         return Around(self.norm1, self.norm2, self.feedforward)
@@ -109,7 +112,7 @@ def _is_plain_norm(module: Any) -> bool:
 def _eps(norm: Any) -> float:
     """That of `torch.nn.RMSNorm`, which by default is the resolution of the type it computes in."""
     if norm.eps is not None:
-        return norm.eps
+        return float(norm.eps)
     return _FLOAT64_EPS if parameter(norm, "weight").dtype == torch.float64 else _FLOAT32_EPS
 
 

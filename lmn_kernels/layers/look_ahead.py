@@ -88,7 +88,7 @@ class LookAheadMemoryAttention(nn.Module):
         self.o_net = nn.Linear(inner, embedding, **options)
         self.drop = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(embedding, device=device, dtype=dtype)
-        self.register_load_state_dict_pre_hook(_unpack_checkpoint)
+        self.register_load_state_dict_pre_hook(_unpack_checkpoint)  # type: ignore[no-untyped-call]
 
     def forward(
         self, x: Tensor, reach: Reach, *, looks_ahead: bool, output: Tensor | None = None, lse: Tensor | None = None
@@ -130,7 +130,15 @@ class LookAheadMemoryAttention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, embedding: int, inner: int, dropout: float, pre_norm: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        inner: int,
+        dropout: float,
+        pre_norm: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.CoreNet = nn.Sequential(
             nn.Linear(embedding, inner, device=device, dtype=dtype), nn.ReLU(), nn.Dropout(dropout),
@@ -140,9 +148,8 @@ class _FeedForward(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pre_norm:
-            return x + self.CoreNet(self.layer_norm(x))
-        return self.layer_norm(x + self.CoreNet(x))
+        y: Tensor = x + self.CoreNet(self.layer_norm(x)) if self.pre_norm else self.layer_norm(x + self.CoreNet(x))
+        return y
 
 
 class LookAheadMemoryLayer(nn.Module):

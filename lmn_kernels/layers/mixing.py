@@ -266,7 +266,7 @@ class LogarithmicMixing(nn.Module):
     # A plan of steps holds on to the parameters, and so would stop a swap of them.
     def _apply(self, *args: Any, **options: Any) -> Any:
         self.__dict__.pop("_plan", None)
-        return super()._apply(*args, **options)
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self.__dict__.pop("_plan", None)

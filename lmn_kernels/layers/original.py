@@ -58,7 +58,8 @@ def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) 
     check_shape("memory", memory, (None, None, None, layer.embedding), "[batch, length, slots, embedding]")
     length, count = memory.shape[1:3]
     if positions is None and length == 1:
-        return layer.sva(memory)
+        alone: Tensor = layer.sva(memory)
+        return alone
     if positions is None:
         positions = torch.arange(1, length + 1, device=memory.device)
     level, levels = [0], 0
@@ -68,4 +69,5 @@ def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) 
     if len(level) != count:
         raise ValueError(f"memory: expected whole levels of {layer.bank} banks, got {count} slots")
     valid = (positions[..., None] >> torch.tensor(level, device=memory.device)) > 0
-    return layer.sva(memory, valid)
+    y: Tensor = layer.sva(memory, valid)
+    return y

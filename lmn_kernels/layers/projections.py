@@ -27,7 +27,9 @@ class SingleVectorAttention(nn.Module):
     v: nn.Linear
     out_proj: nn.Linear
 
-    def __init__(self, embedding: int, heads: int, device=None, dtype=None):
+    def __init__(
+        self, embedding: int, heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         if embedding % heads:
             raise ValueError(f"heads: expected a divisor of embedding={embedding}, got {heads}")
@@ -76,4 +78,5 @@ class SingleVectorAttention(nn.Module):
             score = score.masked_fill(~valid[..., None], -math.inf)
         weight = torch.softmax(score, 2)
         mixed = torch.einsum("blsh,blshd->blhd", weight, qv[:, :, :, 1])
-        return self.out_proj(mixed.flatten(2))
+        y: Tensor = self.out_proj(mixed.flatten(2))
+        return y

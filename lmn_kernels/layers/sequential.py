@@ -25,7 +25,7 @@ from .summarizers import LinearMapSummarizer
 
 def step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
     """`LogarithmicMixing.step`."""
-    plan = None if is_compiling() else layer.__dict__.get("_plan")
+    plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     if plan is None or not plan.serves(layer, x_t, state):
         check_tensor("x_t", x_t)
         if served_by(layer, x_t, state) == "reference":
@@ -45,7 +45,7 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
     """`LogarithmicMixing.step_`."""
     if slots is not None:
         check_tensor("slots", slots)
-    plan = layer.__dict__.get("_plan")
+    plan: StepPlan | None = layer.__dict__.get("_plan")
     with torch.no_grad():
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
         if plan is not None and not debugged and not is_compiling() and plan.serves(layer, x, state):

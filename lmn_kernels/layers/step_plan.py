@@ -89,6 +89,6 @@ class StepPlan:
         return y, new
 
     def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
-        y = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)
+        y: Tensor = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)
         state.note_tokens(x.shape[1])
         return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,14 @@ class Summarizer(LinearMapSummarizer):
         weight: ``[m, 2E, E]``. bias: ``[m, 1, E]``.
     """
 
-    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(bank, 2 * embedding, embedding, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(bank, 1, embedding, device=device, dtype=dtype))
@@ -76,7 +84,15 @@ class ConvSummarizer(LinearMapSummarizer):
     ``groups = m`` keeps the banks apart; ``groups = 1`` mixes them.
     """
 
-    def __init__(self, embedding: int, bank: int, groups: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        groups: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         size = bank * embedding
         self.conv = nn.Conv1d(size, size, kernel_size=2, stride=2, groups=groups, device=device, dtype=dtype)
@@ -104,7 +120,14 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         scale: ``[2, m, E]``, a and b. weight: P ``[m, E, E]``. bias: c ``[m, E]``.
     """
 
-    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(2, bank, embedding, device=device, dtype=dtype))
         self.weight = nn.Parameter(torch.empty(bank, embedding, embedding, device=device, dtype=dtype))
@@ -139,7 +162,14 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
 class Expander(nn.Module):
     """One ``ConvTranspose1d(E, E, 1+k)`` along the stack of a node, before it merges (section 6)."""
 
-    def __init__(self, embedding: int, expand: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        expand: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.expand = expand
         self.conv_transpose = nn.ConvTranspose1d(
@@ -173,7 +203,12 @@ class Expander(nn.Module):
 
 
 def make_summarizer(
-    kind: str | Callable[[Tensor, Tensor], Tensor], embedding: int, bank: int, init: str, device=None, dtype=None
+    kind: str | Callable[[Tensor, Tensor], Tensor],
+    embedding: int,
+    bank: int,
+    init: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The summarizer of a name of section 6, or the callable itself.
 
@@ -183,7 +218,7 @@ def make_summarizer(
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-    factory = {"device": device, "dtype": dtype}
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
     if not isinstance(kind, str):
         if not callable(kind):
             raise TypeError(f"summarizer: expected a name or a callable (left, right) → node, got {kind!r}")

@@ -60,7 +60,8 @@ def attend(
 
 
 def _run(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout, kernels: Any) -> tuple[Tensor, Tensor]:
-    return kernels.attend(token_qkv, node_qv, heads, layout)
+    results: tuple[Tensor, Tensor] = kernels.attend(token_qkv, node_qv, heads, layout)
+    return results
 
 
 def _fake(token_qkv: Tensor, node_qv: Tensor, heads: int, *packed: Any) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,8 @@ def _run_backward(
     layout: Layout,
     kernels: Any,
 ) -> tuple[Tensor, Tensor]:
-    return kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
+    grads: tuple[Tensor, Tensor] = kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout)
+    return grads
 
 
 def _fake_backward(grad: Tensor, token_qkv: Tensor, node_qv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

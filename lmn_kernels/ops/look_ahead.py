@@ -119,7 +119,8 @@ _NO_SEEDS, _NO_REACH = (None,) * 2, (None,) * 5
 
 def _run(*given: Any) -> tuple[Tensor, Tensor]:
     *operands, backend = given
-    return launcher("look_ahead", backend).attend(*operands)
+    results: tuple[Tensor, Tensor] = launcher("look_ahead", backend).attend(*operands)
+    return results
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,9 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     # A kernel looks at what the softmax began with only through the merged result.
     *place, backend = reach
-    return launcher("look_ahead", backend).attend_backward(grad, grad_lse, q, kv, bias, table, out, total, *place)
+    run = launcher("look_ahead", backend).attend_backward
+    grads: tuple[Tensor, ...] = run(grad, grad_lse, q, kv, bias, table, out, total, *place)
+    return grads
 
 
 def _fake_backward(grad: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -60,7 +60,8 @@ def decode_(
     Returns:
         ``[B, T, E]`` in the dtype of x: the mixing layer's output, or the block's; 0 for rows whose slot is -1.
     """
-    return _run("decode_", x, state, weights, slots, backend)
+    y: Tensor = _run("decode_", x, state, weights, slots, backend)
+    return y
 
 
 def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str) -> Any:

@@ -49,7 +49,8 @@ def build_tree(
     """
     _check(x, merge, sequences, token, carried)
     where = pack(sequences, merge.weight.shape[1] - 1, resolve(backend, "build_tree", x.device, x.dtype))
-    return OPS.build_tree(x, *merge, token, carried, *where)
+    nodes: Tensor = OPS.build_tree(x, *merge, token, carried, *where)
+    return nodes
 
 
 def _check(x: Tensor, merge: LinearMerge, sequences: Sequences, token: Tensor | None, carried: Tensor | None) -> None:
@@ -107,7 +108,8 @@ def _run(
     kernels: Any,
 ) -> Tensor:
     merge, bank = LinearMerge(weight, bias, scale), _bank(x, weight)
-    return kernels.build_tree(x, merge, bank, token, carried, layout)
+    nodes: Tensor = kernels.build_tree(x, merge, bank, token, carried, layout)
+    return nodes
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, token: Any, carried: Any, *packed: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ class LookAheadState:
             ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
         """
 
-        def build(sizes: dict, tensor: Callable[[str], Tensor]) -> LookAheadState:
+        def build(sizes: dict[str, Any], tensor: Callable[[str], Tensor]) -> LookAheadState:
             named = {name: tensor(name) for name in sizes["tensors"]}
             return cls.from_tensors(named, sizes["tokens"], sizes["is_even"])
 

@@ -90,7 +90,8 @@ def shipped(wheel: Path, tree: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith("LICENSE") for name in archive.namelist())
-    modules = (path for top in ("lmn_kernels", "python_ref") for path in (tree / top).rglob("*.py"))
+    tops = [tree / "lmn_kernels", tree / "python_ref"]
+    modules = (path for top in tops for path in (*top.rglob("*.py"), top / "py.typed"))
     tuned = {path.relative_to(tree).as_posix() for path in (tree / TUNED).iterdir()}
     expected = {path.relative_to(tree).as_posix() for path in modules} | tuned
     assert tuned and expected <= names
