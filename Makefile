@@ -58,7 +58,7 @@ clean: ## remove .venv, builds and caches; results in runs/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package, whose build looks for it.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+$(READY): pyproject.toml constraints.txt setup.py lmn_kernels/_version.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo 'make: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
