@@ -1,30 +1,40 @@
 # Everything runs in .venv, which is set up on the first use of any target.
 #   PYTHON=python3.12                                               another interpreter (3.10 or newer)
 #   PYTEST_ARGS="-k tree"                                           arguments for pytest
+#   WORKERS=4                                                       how many processes run tests, each on one thread
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 # A CUDA build of torch, for cuda-build alone, and the toolkit that compiles for it.
 TORCH_CUDA ?= torch===2.13.0
 CUDA_HOME ?= /usr/local/cuda
 BIN := .venv/bin
 READY := .venv/.ready
-# Triton's interpreter is chosen when Triton is imported, so these need a process of their own.
-INTERPRETED := tests/kernels/test_triton_attention.py tests/kernels/test_triton_look_ahead.py tests/kernels/test_triton_tree.py \
-  tests/gpu/test_configurations.py
+# The tests of a file share fixtures and compiled graphs, so they stay in one worker; and the order of folders puts the
+# longest files first, where the order of xdist, by the number of tests, would end with a build on one core.
+TESTS = -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# The definition, the reference, operations, layers, states, the step, and the rules of the house.
+CORE := tests/ops tests/layers tests/states tests/kernels tests/packaging tests/bench/test_close.py
+# Triton's interpreter is chosen when Triton is imported, so it takes processes of its own.
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -m interpret $(TESTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench cuda-build clean
+.PHONY: help setup check test lint demo bench cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv with the tested versions and this checkout
 
-test: lint ## lint, then every test that this machine can run
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(PYTEST_ARGS)
+check: lint ## lint, then the core: what the network computes, on the reference, in C++ and in Triton (3 minutes)
+	$(BIN)/python -m pytest $(CORE) -m "not slow" $(TESTS)
+	$(INTERPRETED)
+
+test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (6 minutes)
+	$(BIN)/python -m pytest $(TESTS)
+	$(INTERPRETED)
 
 lint: $(READY) ## ruff, its formatting, and mypy
 	$(BIN)/ruff check
@@ -48,7 +58,7 @@ clean: ## remove .venv, builds and caches; results in runs/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package, whose build looks for it.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+$(READY): pyproject.toml constraints.txt setup.py lmn_kernels/_version.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo 'make: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \

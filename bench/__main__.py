@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(one.add_argument_group("this run").add_argument)
     made = runs.add_parser("report", help=first_line(report.__doc__), description=report.__doc__)
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows (default: %(default)s)")
-    made.add_argument("--readme", type=Path, default=Path("README.md"), help="whose marked sections are replaced")
+    made.add_argument("--readme", type=Path, default=Path("README.md"), help="whose marked block is replaced")
     made.add_argument("--plots", type=Path, help="folder of the pictures (default: plots/ in --results)")
     listed = runs.add_parser("list", help="Who can run here, and why the others cannot.")
     listed.add_argument("--device", default="auto")

@@ -1,4 +1,4 @@
-// The operations update_, decode_ and step of lmn_kernels/ops/library.py: checks, and the call of either half.
+// The operations update_, decode_ and step of lmn_kernels/ops/step.py: checks, and the call of either half.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -109,8 +109,7 @@ const void* weight(Call& call, const char* name, const Tensor& tensor, const Ten
   return call.keep(tensor);
 }
 
-// `weights`: weight and bias of q, k, v and out_proj and of the summarizer; the scale of a separable one;
-// weight and bias of an expander's transposed convolution.
+// `weights`: the list of python_ref.step.Weights.flat, which names what stands where.
 void describe_weights(Call& call, const Tensor& x, Tensors weights, c10::string_view summarizer, int64_t heads) {
   Step& step = call.step;
   const int64_t e = step.embedding;
@@ -168,8 +167,7 @@ void describe_weights(Call& call, const Tensor& x, Tensors weights, c10::string_
   }
 }
 
-// `block`: nothing; the weight of the mixing's norm; or also that of the feed-forward's norm, and weight and bias
-// of both its layers. `eps` of each norm.
+// `block` and `eps`: what python_ref.around.Around.of_tensors takes.
 void describe_block(Call& call, const Tensor& x, Tensors block, at::ArrayRef<double> eps) {
   Step& step = call.step;
   const int64_t e = step.embedding;
@@ -383,7 +381,7 @@ struct Layer {
 // Whether there is more to do than a few microseconds, which is what giving up Python's lock costs.
 bool is_long(const at::Tensor& x) { return x.numel() * (x.dim() ? x.size(-1) : 1) > 64 * 64; }
 
-// Whether a plan of `_step_plan.py` still holds: x is a plain tensor of the kind it was made for, no gradient is
+// Whether a plan of `layers/step_plan.py` still holds: x is a plain tensor of the kind it was made for, no gradient is
 // recorded and nothing is cast or watched, the layer's modules and everything below are as they were, and all hooks
 // are empty. Borrowed references throughout.
 bool ready(const Layer& layer, const py::dict& modules, const py::handle& x, const at::Tensor& token) {

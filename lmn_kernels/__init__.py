@@ -6,18 +6,21 @@ the place of self-attention in a block of yours. `LookAheadMemory` is LaMemo, th
 """
 
 from python_ref.sequences import Sequences
+from python_ref.step import StepWeights
 from python_ref.tree import LinearMerge
 
 from ._version import __version__
-from .backend.choice import BackendError
+from .backend.choice import BackendError, why_not
 from .backend.info import info
 from .layers.block import ExpanderSummarizerLogarithmicMemory, FeedForward, LogarithmicMemory
 from .layers.look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
 from .layers.look_ahead_model import LookAheadLanguageModel, LookAheadMemory
 from .layers.mixing import LogarithmicMixing
 from .layers.summarizers import LinearMapSummarizer
-from .ops.functional import attend, build_tree, look_ahead_attend
-from .ops.step import StepWeights, decode_, update_
+from .ops.attention import attend
+from .ops.look_ahead import look_ahead_attend
+from .ops.step import decode_, update_
+from .ops.tree import build_tree
 from .states.look_ahead import LookAheadState
 from .states.memory import MemoryState, load_states, save_states
 
@@ -47,4 +50,5 @@ __all__ = [
     "look_ahead_attend",
     "save_states",
     "update_",
+    "why_not",
 ]

@@ -10,6 +10,7 @@ blocks that fit a cache; the backward pass recomputes the weights from the saved
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -47,7 +48,17 @@ class _Block:
     operands ``[G·H, places, d]`` that a batched matrix product takes as they are.
     """
 
-    def __init__(self, tiles: TileTable, rows: slice, node_rows: int, bank: int, heads: int, null_token: int):
+    def __init__(
+        self,
+        tiles: TileTable,
+        rows: slice,
+        node_rows: int,
+        bank: int,
+        heads: int,
+        null_token: int,
+        dtype: torch.dtype,
+    ):
+        self.dtype = dtype  # of what it computes
         head = torch.arange(heads, device=tiles.token_row.device)[:, None]
         self.heads, self.width = heads, tiles.width
         self.valid = tiles.token_valid[rows][:, None, :].expand(-1, heads, -1).flatten(0, 1)[..., None]
@@ -65,12 +76,12 @@ class _Block:
     def tokens(self, table: Tensor, part: int = 0, parts: int = 1) -> Tensor:
         """The token's row ``part`` of ``table [M·parts·H, d]``: ``[G·H, width, d]``, arbitrary where no token is."""
         rows = (self.token * (parts * self.heads) + (part * self.heads + self.head)).flatten()
-        return _widen(table.index_select(0, rows).view(*self.valid.shape[:2], -1))
+        return table.index_select(0, rows).view(*self.valid.shape[:2], -1).to(self.dtype)
 
     def keys(self, table: Tensor, part: int) -> Tensor:
         """q (part 0) or v (part 1) of the nodes, ``[G·H, m·K, d]``."""
         rows = table.index_select(0, self.key + part * self.heads)
-        return _widen(rows.view(self.valid.shape[0], -1, table.shape[1]))
+        return rows.view(self.valid.shape[0], -1, table.shape[1]).to(self.dtype)
 
     def add_to_keys(self, table: Tensor, part: int, value: Tensor) -> None:
         table.index_add_(0, self.key + part * self.heads, value.flatten(0, 1))
@@ -82,17 +93,13 @@ class _Block:
         return torch.cat([own, grouped.flatten(0, 1)], -1)
 
 
-def _widen(rows: Tensor) -> Tensor:
-    return rows.to(compute_dtype(rows.dtype))
-
-
-def _blocks(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout):
+def _blocks(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout, dtype: torch.dtype) -> Iterator[_Block]:
     tokens, head_size = layout.tokens, token_qkv.shape[-1] // (3 * heads)
     bank, rows, _ = node_qv.shape
     tiles = layout.tiles(tile_width(layout.levels))
     step = _block_tiles(tiles, bank, heads, head_size)
     for first in range(0, tiles.token_row.shape[0], step):
-        yield _Block(tiles, slice(first, first + step), rows, bank, heads, tokens)
+        yield _Block(tiles, slice(first, first + step), rows, bank, heads, tokens, dtype)
 
 
 def attend(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -112,8 +119,9 @@ def attend(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tu
     head_size = size // heads
     token_table, node_table = token_qkv.reshape(-1, head_size), node_qv.reshape(-1, head_size)
     out = token_qkv.new_zeros((tokens + 1) * heads, head_size)
-    lse = torch.zeros((tokens + 1) * heads, dtype=compute_dtype(token_qkv.dtype), device=token_qkv.device)
-    for block in _blocks(token_qkv, node_qv, heads, layout):
+    wide = compute_dtype(token_qkv.dtype)
+    lse = torch.zeros((tokens + 1) * heads, dtype=wide, device=token_qkv.device)
+    for block in _blocks(token_qkv, node_qv, heads, layout, wide):
         q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
         k = k * head_size**-0.5
         score = block.scores((q * k).sum(-1, keepdim=True), block.keys(node_table, 0), k)
@@ -141,9 +149,10 @@ def attend_backward(
     grad_table, out_table = grad_out.reshape(-1, head_size), out.reshape(-1, head_size)
     grads = token_qkv.new_zeros(3, (tokens + 1) * heads, head_size)
     # A node's gradient is summed over the tiles that read it, in float32 at least.
-    grad_nodes = torch.zeros(node_table.shape, dtype=compute_dtype(node_qv.dtype), device=node_qv.device)
+    wide = compute_dtype(node_qv.dtype)
+    grad_nodes = torch.zeros(node_table.shape, dtype=wide, device=node_qv.device)
     scale = head_size**-0.5
-    for block in _blocks(token_qkv, node_qv, heads, layout):
+    for block in _blocks(token_qkv, node_qv, heads, layout, wide):
         # A place without a token must send nothing to the nodes, whatever its row holds.
         q, k, v = (torch.where(block.valid, block.tokens(token_table, part, 3), 0) for part in range(3))
         k = k * scale

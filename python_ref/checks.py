@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,6 +51,16 @@ def check_ids(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, low
         least, most = (int(bound) for bound in torch.aminmax(value))
         if least < low or most > high:
             raise ValueError(f"{name}: expected values in {low} … {high}, got {least} … {most}")
+
+
+def check_no_tangent(name: str, value: Tensor) -> None:
+    """The operations have no forward-mode derivative, and the dispatcher would drop a tangent without a word.
+
+    Raises:
+        NotImplementedError: the tensor carries one.
+    """
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name}: expected a tensor without a forward-mode tangent; use backward mode")
 
 
 def check_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:

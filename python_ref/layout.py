@@ -21,10 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .sequences import Sequences
+
+Made = TypeVar("Made")
 
 
 def level_count(position: int) -> int:
@@ -46,27 +50,28 @@ def state_rows(levels: int, expand: int) -> int:
     return sum(stack_height(i, expand) for i in range(1, levels + 1))
 
 
-def node_rows(tokens: int, sequences: int, expand: int, carried_levels: int | None) -> int:
+def node_rows(sequences: Sequences, expand: int) -> int:
     """Rows of a node matrix: a bound that needs neither tables nor levels, so that it can be traced.
 
     Fresh sequences have fewer nodes than tokens, and Σ_i ⌊M/2^i⌋·(1+i·k) ≤ (1+2k)·M. A continued one
     completes at most one node more at each carried level, and 2^(1-r) more at the r-th level above.
     """
-    rows = (1 + 2 * expand) * tokens + 1
-    if carried_levels is not None:
-        slack = state_rows(carried_levels, expand) + 2 * stack_height(carried_levels + 1, expand) + 2 * expand
-        rows += sequences * (slack + state_rows(carried_levels, expand))
+    rows, carried = (1 + 2 * expand) * sequences.tokens + 1, sequences.carried_levels
+    if carried is not None:
+        slack = state_rows(carried, expand) + 2 * stack_height(carried + 1, expand) + 2 * expand
+        rows += sequences.count * (slack + state_rows(carried, expand))
     return rows
 
 
-def _level_nodes(level: int, tokens: int, sequences: int, carried_levels: int | None) -> int:
+def _level_nodes(level: int, sequences: Sequences) -> int:
     """Upper bound on the new nodes of a level over all sequences, whatever their spans."""
-    if carried_levels is None:
+    tokens, count, carried = sequences.tokens, sequences.count, sequences.carried_levels
+    if carried is None:
         return tokens >> level
-    if level <= carried_levels:
-        return (tokens >> level) + sequences
-    # An offset is below 2^(carried_levels+1).
-    return (tokens + (sequences << (carried_levels + 1))) >> level
+    if level <= carried:
+        return (tokens >> level) + count
+    # An offset is below 2^(carried+1).
+    return (tokens + (count << (carried + 1))) >> level
 
 
 @dataclass(frozen=True)
@@ -90,71 +95,87 @@ class TileTable:
     visible: Tensor
 
 
+class Level(NamedTuple):
+    """The new nodes of one level ≥ 1.
+
+    Attributes:
+        number: i.
+        places: upper bound on the new nodes of all sequences, whatever their spans; at least 1.
+        each: new nodes of each sequence, of equal lengths.
+        height: rows that a node takes.
+        below: rows that a node of the level below takes.
+        rows: rows of the new nodes in the node matrix.
+        read: rows of the level below: of x for level 1.
+    """
+
+    number: int
+    places: int
+    each: int
+    height: int
+    below: int
+    rows: slice
+    read: slice
+
+
 class Layout:
     """Row arithmetic of one batch of sequences.
 
     Args:
-        tokens: M, rows of x.
-        sequences: S.
+        sequences: the batch.
         expand: k of the expander, 0 without one.
-        max_position: upper bound on ``offset + length`` of any span.
-        spans: ``[S, 3]`` int64 (start, length, offset), or None for S fresh sequences of M/S tokens.
-        carried_levels: levels of the carried nodes, or None where nothing is carried (offsets are 0).
         device: where the tables are built.
         kept: whether the layout outlives a call, and its tables with it.
+
+    Attributes:
+        tokens, sequences, spans, carried_levels: those of the batch.
+        equal_length: tokens of each sequence where ``spans`` is None.
+        levels: D, ⌊log2 max_position⌋; ``built``: those of them that have new nodes.
+        level_nodes, level_rows, level_base, heights: by level, 0 for the tokens: upper bound on the new nodes, their
+            rows, the first of these, and rows of a node.
+        rows: of a node matrix, the null row last.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        sequences: int,
-        expand: int,
-        max_position: int,
-        spans: Tensor | None,
-        carried_levels: int | None,
-        device: torch.device,
-        kept: bool = False,
-    ):
+    def __init__(self, sequences: Sequences, expand: int, device: torch.device, kept: bool = False):
+        tokens, count, spans = sequences.tokens, sequences.count, sequences.spans
         self.kept = kept
         self.tokens = tokens
-        self.sequences = sequences
+        self.sequences = count
         self.expand = expand
         self.device = device
         self.spans = spans
-        self.carried_levels = carried_levels
-        self.levels = level_count(max_position)
-        self.equal_length = tokens // sequences if spans is None and sequences else 0
-        self.rows = node_rows(tokens, sequences, expand, carried_levels)
+        self.carried_levels = sequences.carried_levels
+        self.levels = level_count(sequences.max_position)
+        self.equal_length = tokens // count if spans is None and count else 0
+        self.rows = node_rows(sequences, expand)
         self.null_row = self.rows - 1
-        self.carry_rows = 0 if carried_levels is None else state_rows(carried_levels, expand)
-        self.carry_base = self.null_row - sequences * self.carry_rows
-        self.level_nodes = [tokens] + [
-            sequences * (self.equal_length >> i)
-            if spans is None
-            else _level_nodes(i, tokens, sequences, carried_levels) * (sequences > 0)
-            for i in range(1, self.levels + 1)
-        ]
-        self.level_base = [0]
+        self.carry_rows = 0 if self.carried_levels is None else state_rows(self.carried_levels, expand)
+        self.carry_base = self.null_row - count * self.carry_rows
+        self.level_nodes, self.level_rows, self.heights, self.built = [tokens], [slice(0, tokens)], [1], []
         base = 0
         for level in range(1, self.levels + 1):
-            self.level_base.append(base)
-            base += self.level_nodes[level] * stack_height(level, expand)
+            each = self.equal_length >> level
+            nodes = count * each if spans is None else _level_nodes(level, sequences) * (count > 0)
+            height = stack_height(level, expand)
+            rows = slice(base, base + nodes * height)
+            if nodes:
+                self.built.append(Level(level, nodes, each, height, height - expand, rows, self.level_rows[-1]))
+            self.level_nodes.append(nodes)
+            self.level_rows.append(rows)
+            self.heights.append(height)
+            base = rows.stop
+        self.level_base = [rows.start for rows in self.level_rows]
         self.unused_base = base
         self._memo: dict[Hashable, Any] = {}
 
-    def keep(self, key: Hashable, build: Callable[[], Any]) -> Any:
+    def keep(self, key: Hashable, build: Callable[[], Made]) -> Made:
         """What ``build`` makes, made once for this layout."""
         if key not in self._memo:
             self._memo[key] = build()
             if self.kept and self.device.type == "cuda":
                 # A later call may come on another stream, which nothing orders behind this one.
                 torch.cuda.current_stream(self.device).synchronize()
-        return self._memo[key]
-
-    def level_slice(self, level: int) -> slice:
-        """Rows of the new nodes of a level ≥ 1."""
-        base = self.level_base[level]
-        return slice(base, base + self.level_nodes[level] * stack_height(level, self.expand))
+        made: Made = self._memo[key]
+        return made
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``start, length, offset [S]``, ``first [D+1, S]`` (index of the first new node of each level)
@@ -218,6 +239,13 @@ class Layout:
         rows = torch.stack([left, right], 1)
         real = number < place[level, -1]
         return torch.where(real[:, None], rows, 0 if level == 1 else self.null_row)
+
+    def child_rows(self, level: Level) -> Tensor:
+        """``[P, 2, h]`` rows of the stack entries of `children`; of equal lengths they lie in order."""
+        rows = self.children(level.number)[..., None]
+        if level.below == 1:
+            return rows
+        return rows + torch.arange(level.below, device=rows.device) * (rows != self.null_row)
 
     def slots(self, sequence: Tensor, position: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         """Rows of the memory of ``position n`` of a sequence (section 2).
@@ -325,19 +353,11 @@ _LAYOUTS: dict[tuple[Any, ...], Layout] = {}
 _LAYOUTS_KEPT = 16
 
 
-def make_layout(
-    tokens: int,
-    sequences: int,
-    expand: int,
-    max_position: int,
-    spans: Tensor | None,
-    carried_levels: int | None,
-    device: torch.device,
-) -> Layout:
+def make_layout(sequences: Sequences, expand: int, device: torch.device) -> Layout:
     """A `Layout`; that of an equal-length batch depends on sizes alone and is kept."""
-    if spans is not None:
-        return Layout(tokens, sequences, expand, max_position, spans, carried_levels, device)
-    key = (tokens, sequences, expand, max_position, device)
+    if sequences.spans is not None:
+        return Layout(sequences, expand, device)
+    key = (sequences.tokens, sequences.count, sequences.max_position, expand, device)
     layout = _LAYOUTS.get(key)
     if layout is None:
         if len(_LAYOUTS) >= _LAYOUTS_KEPT:
@@ -345,5 +365,5 @@ def make_layout(
                 # Freed tables may be read by work still queued on any stream.
                 torch.cuda.synchronize(device)
             _LAYOUTS.clear()
-        layout = _LAYOUTS[key] = Layout(tokens, sequences, expand, max_position, None, None, device, kept=True)
+        layout = _LAYOUTS[key] = Layout(sequences, expand, device, kept=True)
     return layout

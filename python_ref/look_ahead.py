@@ -212,7 +212,8 @@ def _attend(
 
 def _by_batch(x: Tensor, operands: _Operands) -> Tensor:
     """``[H·B, b, D]`` → ``[B, b, H, D]``."""
-    return x.unflatten(0, (operands.heads, operands.batch)).permute(1, 2, 0, 3)
+    rows: Tensor = x.unflatten(0, (operands.heads, operands.batch)).permute(1, 2, 0, 3)
+    return rows
 
 
 def attend_backward(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_ids, concrete
+from .checks import check_device, check_ids, check_positive, check_shape, check_tensor, concrete
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,43 @@ class Sequences:
         spans = torch.stack([bounds[:-1], length, torch.zeros_like(length)], 1)
         longest = tokens if max_length is None else min(max_length, tokens)
         return cls(tokens, cu_seqlens.shape[0] - 1, longest, spans)
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Sequences:
+        """The batch ``x [B, L, …]``, by at most one description of what in it is padding or a document.
+
+        Raises:
+            TypeError, ValueError: there are two, or the one does not fit; the message names it.
+        """
+        batch, length = x.shape[:2]
+        masks = {"lengths": lengths, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        given = {name: value for name, value in masks.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: expected at most one of them, got {len(given)}")
+        for name, value in given.items():
+            check_tensor(name, value)
+            check_device(name, value, x.device)
+        if max_length is not None:
+            if cu_seqlens is None:
+                raise ValueError(f"max_length: expected None without cu_seqlens, got {max_length!r}")
+            check_positive("max_length", max_length, 0)
+        if lengths is not None:
+            return cls.padded(batch, length, lengths)
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, (batch, length), "[batch, length]")
+            return cls.masked(attention_mask)
+        if cu_seqlens is not None:
+            if batch != 1:
+                raise ValueError(f"x: expected shape [1, tokens, embedding] with cu_seqlens, got {list(x.shape)}")
+            return cls.packed(length, cu_seqlens, max_length)
+        return cls.equal(batch, length)
 
     def after(self, position: Tensor, max_position: int, levels: int) -> Sequences:
         """The same tokens, each sequence continuing at ``position [S]`` behind nodes of ``levels`` levels."""

@@ -8,13 +8,15 @@ new token, level i is summarised again iff bit i of ``(n-1) XOR n`` is set, that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .around import Around
+from .checks import concrete
 from .layout import constant, stack_height, state_rows
 from .precision import no_autocast
 from .tree import LinearMerge, expand_stack, merge_stacks
@@ -130,23 +132,76 @@ def attend_state(qkv: Tensor, state: Slots, heads: int, levels: int, expand: int
     return attend_slots(k, slots_q, slots_v, F.pad(valid, (1, 0), value=True), heads)
 
 
+class Linear(NamedTuple):
+    """Weight and bias of a projection, a summarizer or an expander."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 class Weights(NamedTuple):
-    """A mixing layer's parameters as they lie; see `merge_of` for those of the summarizer."""
+    """A mixing layer's parameters by name, as they lie.
 
-    q: tuple[Tensor, Tensor]
-    k: tuple[Tensor, Tensor]
-    v: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    summarizer: tuple[Tensor, ...]
-    expander: tuple[Tensor, Tensor] | None
+    Attributes:
+        q, k, v, out: the projections, ``[E, E]`` and ``[E]``.
+        summarizer: as `merge_of` takes it.
+        scale: ``[2, G, C]`` of a separable summarizer, or None.
+        expander: weight ``[E, E, 1+k]`` and bias ``[E]`` of its transposed convolution, or None.
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    summarizer: Linear
+    scale: Tensor | None = None
+    expander: Linear | None = None
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """The list that an operation's schema takes; csrc/register.cpp reads it in this order."""
+        pairs = (*self.q, *self.k, *self.v, *self.out, *self.summarizer)
+        return (*pairs, *(() if self.scale is None else (self.scale,)), *(self.expander or ()))
 
 
-def split_weights(tensors: Sequence[Tensor], summarizer: str) -> Weights:
-    """`Weights` from one list: weight and bias of q, k, v and out, the summarizer's tensors, the expander's."""
-    q, k, v, out = ((tensors[i], tensors[i + 1]) for i in range(0, 8, 2))
-    end = 11 if summarizer == "separable" else 10
-    expander = (tensors[end], tensors[end + 1]) if len(tensors) > end else None
-    return Weights(q, k, v, out, tuple(tensors[8:end]), expander)
+class StepWeights(NamedTuple):
+    """A mixing layer as the step's operations take it; see `LogarithmicMixing.step_weights`.
+
+    Attributes:
+        tensors: `Weights.flat`; `named` is the way back.
+        summarizer: how the summarizer's weight lies: ``"linear"`` ``[G, 2C, C]``, ``"pair"`` ``[G·C, C, 2]``
+            or ``"separable"`` ``[G, C, C]`` with a scale ``[2, G, C]``, for G groups of C = m·E/G features.
+        heads: H.
+        expand: k of the expander, 0 without one.
+        block: what a block puts around the mixing, as `Around.of_tensors` takes it.
+        eps: of each norm.
+    """
+
+    tensors: tuple[Tensor, ...]
+    summarizer: str
+    heads: int
+    expand: int
+    block: tuple[Tensor, ...] = ()
+    eps: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (*self.tensors, *self.block))
+        return f"StepWeights({self.summarizer}, heads={self.heads}, expand={self.expand}, tensors of {shapes})"
+
+    def named(self) -> Weights:
+        """The tensors by name.
+
+        Raises:
+            ValueError: no summarizer lies so, or there are more or fewer tensors than one takes.
+        """
+        if self.summarizer not in ("linear", "pair", "separable"):
+            raise ValueError(f"summarizer: expected linear, pair or separable, got {self.summarizer!r}")
+        scaled = self.summarizer == "separable"
+        plain = 10 + scaled
+        if len(self.tensors) not in (plain, plain + 2):
+            raise ValueError(f"weights: expected {plain} or {plain + 2} tensors, got {len(self.tensors)}")
+        q, k, v, out, summarizer = (Linear(*self.tensors[i : i + 2]) for i in range(0, 10, 2))
+        expander = Linear(*self.tensors[plain:]) if len(self.tensors) > plain else None
+        return Weights(q, k, v, out, summarizer, self.tensors[10] if scaled else None, expander)
 
 
 def merge_of(weights: Weights, summarizer: str, bank: int) -> Merge:
@@ -155,94 +210,58 @@ def merge_of(weights: Weights, summarizer: str, bank: int) -> Merge:
     ``"linear"``: weight ``[G, 2C, C]``; ``"pair"``: weight ``[G·C, C, 2]``, that of `torch.nn.Conv1d`;
     ``"separable"``: weight ``[G, C, C]`` and a scale ``[2, G, C]``. The bias has G·C elements each time.
     """
-    weight, bias, *scale = weights.summarizer
-    size = bank * weights.q[0].shape[0]
+    weight, bias = weights.summarizer
+    size = bank * weights.q.weight.shape[0]
     if summarizer == "pair":
         groups = size // weight.shape[1]
         weight = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
     groups, features = weight.shape[0], weight.shape[2]
-    scales = scale[0].reshape(2, groups, features) if scale else None
-    linear = LinearMerge(weight[:, None], bias.reshape(groups, features), scales)
+    scale = None if weights.scale is None else weights.scale.reshape(2, groups, features)
+    linear = LinearMerge(weight[:, None], bias.reshape(groups, features), scale)
     expander = weights.expander
     if expander is None:
         return lambda left, right: merge_stacks(linear, left, right)
     return lambda left, right: merge_stacks(linear, expand_stack(left, *expander), expand_stack(right, *expander))
 
 
-class Around(NamedTuple):
-    """What a block puts around its mixing (section 5): ``x + mixing(norm(x))``, then ``x + FF(norm(x))``.
-
-    Attributes:
-        block: nothing; the weight of the mixing's norm; or also that of the feed-forward's norm, and weight
-            and bias of its two layers.
-        eps: of each norm.
-    """
-
-    block: Sequence[Tensor]
-    eps: Sequence[float]
-
-    def before(self, x: Tensor) -> Tensor:
-        """What the mixing sees."""
-        return F.rms_norm(x, x.shape[-1:], self.block[0], self.eps[0]) if self.block else x
-
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The block's output."""
-        y = x + mixed if self.block else mixed
-        if len(self.block) > 1:
-            _, norm, up, up_bias, down, down_bias = self.block
-            hidden = F.linear(F.rms_norm(y, y.shape[-1:], norm, self.eps[1]), up, up_bias)
-            y = y + F.linear(F.silu(hidden), down, down_bias)
-        return y
-
-
-def _chain(position: Tensor, levels: int) -> int:
-    """The highest level that any row completes, where reading positions is free; else what there is room for."""
-    if position.device.type != "cpu":
+def chain_of(position: Tensor, levels: int) -> int:
+    """The highest level that any row completes at ``position [B]``; what there is room for where reading it costs."""
+    if not concrete(position):
         return levels
     return int((position & -position).max()).bit_length() - 1 if position.numel() else 0
 
 
-def run_(
-    x: Tensor,
-    slots: Tensor | None,
-    state: Slots,
-    tensors: Sequence[Tensor],
-    summarizer: str,
-    heads: int,
-    expand: int,
-    around: Around,
-    attends: bool,
-) -> Tensor:
+def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, attends: bool) -> Tensor:
     """T tokens of each row into a pool of states, in place; see ``lmn_kernels.decode_`` and ``update_``.
 
     Args:
         x: ``[B, T, E]``.
         slots: ``[B]`` the slot of each row, -1 for none; None for the row's own number.
-        around: the block that the mixing stands in.
         attends: whether the output is wanted; zeros where it is not.
     """
-    weights = split_weights(tensors, summarizer)
+    named, expand = weights.named(), weights.expand
+    around = Around.of_tensors(weights.block, weights.eps)
     bank, rows = state.nodes.shape[2], state.nodes.shape[1]
     levels = 0
     while state_rows(levels, expand) < rows:
         levels += 1
-    merge = merge_of(weights, summarizer, bank)
+    merge = merge_of(named, weights.summarizer, bank)
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
     slot = active if slots is None else slots.index_select(0, active).long()
 
     def project(nodes: Tensor) -> Tensor:
-        return torch.cat([F.linear(nodes, *weights.q), F.linear(nodes, *weights.v)], -1)
+        return torch.cat([F.linear(nodes, *named.q), F.linear(nodes, *named.v)], -1)
 
     for t in range(x.shape[1]):
         given = x[:, t].index_select(0, active)
         token = around.before(given)
         old = Slots(*(part.index_select(0, slot) for part in state))
-        new = advance(token, old, merge, project, expand, _chain(old.position + 1, levels))
+        new = advance(token, old, merge, project, expand, chain_of(old.position + 1, levels))
         for part, value in zip(state, new, strict=True):
             part.index_copy_(0, slot, value)
         if attends:
-            qkv = torch.cat([F.linear(token, *pair) for pair in (weights.q, weights.k, weights.v)], -1)
-            mixed = attend_state(qkv, new, heads, levels, expand)
-            y[:, t].index_copy_(0, active, around.after(given, F.linear(mixed, *weights.out)))
+            qkv = torch.cat([F.linear(token, *pair) for pair in (named.q, named.k, named.v)], -1)
+            mixed = attend_state(qkv, new, weights.heads, levels, expand)
+            y[:, t].index_copy_(0, active, around.after(given, F.linear(mixed, *named.out)))
     return y

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Layout, stack_height
+from .layout import Layout, Level
 
 
 class LinearMerge(NamedTuple):
@@ -47,7 +47,8 @@ class _Groups:
         """``[G, ..., C]`` → ``[m, ..., E]``."""
         if self.groups == self.bank:
             return grouped
-        return grouped[0].unflatten(-1, (self.bank, -1)).movedim(-2, 0)
+        banks: Tensor = grouped[0].unflatten(-1, (self.bank, -1)).movedim(-2, 0)
+        return banks
 
     def pair(self, children: Tensor) -> Tensor:
         """Children ``[G, P, 2, h, C]`` → matrix ``[G, P·h, 2C]`` (``C`` with a scale)."""
@@ -62,7 +63,8 @@ class _Groups:
         if self.scale is not None:
             grad = grad.unflatten(1, (-1, height))[:, :, None]
             return grad * self.scale.transpose(0, 1)[:, None, :, None, :]
-        return grad.unflatten(1, (-1, height)).unflatten(-1, (2, -1)).transpose(2, 3)
+        sides: Tensor = grad.unflatten(1, (-1, height)).unflatten(-1, (2, -1)).transpose(2, 3)
+        return sides
 
 
 def _fold(taps: Tensor, height: int, expand: int) -> Tensor:
@@ -81,7 +83,7 @@ def _unfold(grad: Tensor, height: int, expand: int) -> Tensor:
     return torch.cat([grad[:, :, tap : tap + height] for tap in range(1 + expand)], -1).flatten(1, 2)
 
 
-def _children(source: Tensor, rows: Tensor | None, level: int, layout: Layout) -> Tensor:
+def _children(source: Tensor, rows: Tensor | None, level: Level, layout: Layout) -> Tensor:
     """Children ``[m, P, 2, h, E]`` of the new nodes of a level.
 
     Args:
@@ -90,48 +92,39 @@ def _children(source: Tensor, rows: Tensor | None, level: int, layout: Layout) -
         rows: ``[P, 2, h]`` rows of the children's stack entries, or None for equal lengths.
     """
     bank, _, size = source.shape
-    height = stack_height(level - 1, layout.expand)
     if rows is not None:
         return source.index_select(1, rows.flatten()).reshape(bank, *rows.shape, size)
-    each = layout.equal_length >> level
-    pairs = source.reshape(bank, layout.sequences, -1, height, size)[:, :, : 2 * each]
-    return pairs.reshape(bank, layout.sequences * each, 2, height, size)
+    pairs = source.reshape(bank, layout.sequences, -1, level.below, size)[:, :, : 2 * level.each]
+    return pairs.reshape(bank, level.places, 2, level.below, size)
 
 
-def _child_rows(level: int, layout: Layout) -> Tensor | None:
-    """``[P, 2, h]`` for `_children` and `_add_children_grad`; None for equal lengths."""
-    if layout.spans is None:
-        return None
-    rows = layout.children(level)[..., None]
-    height = stack_height(level - 1, layout.expand)
-    if height == 1:
-        return rows
-    return rows + torch.arange(height, device=rows.device) * (rows != layout.null_row)
-
-
-def _source(x: Tensor, nodes: Tensor, token: Tensor | None, level: int, layout: Layout) -> Tensor:
+def _source(x: Tensor, nodes: Tensor, token: Tensor | None, level: Level, layout: Layout) -> Tensor:
     """What the children of a level are read from, ``[m, rows, E]``."""
-    if level == 1:
+    if level.number == 1:
         return (x if token is None else torch.cat([x, token])).expand(nodes.shape[0], -1, -1)
-    return nodes if layout.spans is not None else nodes[:, layout.level_slice(level - 1)]
+    return nodes if layout.spans is not None else nodes[:, level.read]
 
 
 def _add_children_grad(
-    grad_x: Tensor, grad_nodes: Tensor, grad_token: Tensor | None, grad: Tensor, level: int, layout: Layout
+    grad_x: Tensor,
+    grad_nodes: Tensor,
+    grad_token: Tensor | None,
+    grad: Tensor,
+    rows: Tensor | None,
+    level: Level,
+    layout: Layout,
 ) -> None:
     """Add the gradient of `_children`, ``[m, P, 2, h, E]``, to that of what it read."""
     height, size = grad.shape[3:]
-    if level == 1:
+    if level.number == 1:
         grad = grad.sum(0, keepdim=True)
-    rows = _child_rows(level, layout)
     if rows is None:
-        each = layout.equal_length >> level
-        target = grad_nodes[:, layout.level_slice(level - 1)] if level > 1 else grad_x[None]
-        target = target.unflatten(1, (layout.sequences, -1, height))[:, :, : 2 * each]
-        target += grad.reshape(grad.shape[0], layout.sequences, 2 * each, height, size)
+        target = grad_nodes[:, level.read] if level.number > 1 else grad_x[None]
+        target = target.unflatten(1, (layout.sequences, -1, height))[:, :, : 2 * level.each]
+        target += grad.reshape(grad.shape[0], layout.sequences, 2 * level.each, height, size)
         return
     rows, grad = rows.flatten(), grad.reshape(grad.shape[0], -1, size)
-    if level > 1:
+    if level.number > 1:
         grad_nodes.index_add_(1, rows, grad)
     elif grad_token is None:
         grad_x.index_add_(0, rows, grad[0])
@@ -164,17 +157,15 @@ def build_tree(
     nodes[:, layout.unused_base :] = 0
     if carried is not None:
         nodes[:, layout.carry_base : layout.null_row] = carried.flatten(0, 1).transpose(0, 1)
-    for level in range(1, layout.levels + 1):
-        if layout.level_nodes[level] == 0:
-            continue
-        height = stack_height(level - 1, expand)
+    for level in layout.built:
+        rows = None if layout.spans is None else layout.child_rows(level)
         source = _source(x, nodes, token, level, layout)
-        pair = groups.pair(groups.split(_children(source, _child_rows(level, layout), level, layout)))
-        target = nodes[:, layout.level_slice(level)]
+        pair = groups.pair(groups.split(_children(source, rows, level, layout)))
+        target = nodes[:, level.rows]
         if expand == 0 and groups.groups == bank:
             torch.baddbmm(summarizer.bias[:, None], pair, weight, out=target)
         else:
-            merged = _fold(torch.bmm(pair, weight), height, expand) + summarizer.bias[:, None, None]
+            merged = _fold(torch.bmm(pair, weight), level.below, expand) + summarizer.bias[:, None, None]
             target.copy_(groups.join(merged.flatten(1, 2)))
     return nodes
 
@@ -203,14 +194,13 @@ def build_tree_backward(
     grad_bias = torch.zeros(summarizer.bias.shape, dtype=wide, device=x.device)
     grad_scale = None if summarizer.scale is None else grad_bias.new_zeros(summarizer.scale.shape)
     grad_token = None if token is None else token.new_zeros(token.shape)
-    for level in range(layout.levels, 0, -1):
-        if layout.level_nodes[level] == 0:
-            continue
-        height = stack_height(level - 1, expand)
+    for level in reversed(layout.built):
+        height = level.below
+        rows = None if layout.spans is None else layout.child_rows(level)
         source = _source(x, nodes, token, level, layout)
-        children = groups.split(_children(source, _child_rows(level, layout), level, layout))
+        children = groups.split(_children(source, rows, level, layout))
         pair = groups.pair(children)
-        grad = groups.split(total[:, layout.level_slice(level)])
+        grad = groups.split(total[:, level.rows])
         grad_bias += grad.sum(1, dtype=wide)
         taps = _unfold(grad.unflatten(1, (-1, height + expand)), height, expand)
         grad_weight += torch.bmm(pair.transpose(1, 2), taps)
@@ -219,7 +209,7 @@ def build_tree_backward(
             split = grad_pair.unflatten(1, (-1, height))[:, :, None]
             grad_scale += (children * split).sum((1, 3), dtype=wide).transpose(0, 1)
         grad_children = groups.join(groups.unpair(grad_pair, height))
-        _add_children_grad(grad_x, total, grad_token, grad_children, level, layout)
+        _add_children_grad(grad_x, total, grad_token, grad_children, rows, level, layout)
     grad_weight = x.new_empty(summarizer.weight.shape).copy_(grad_weight.unflatten(2, (1 + expand, -1)).transpose(1, 2))
     grad_bias = grad_bias.to(x.dtype)
     grad_scale = None if grad_scale is None else grad_scale.to(x.dtype)
@@ -279,17 +269,15 @@ def build_tree_with(
     if carried is not None:
         lead = layout.carry_base - layout.unused_base
         tail = torch.cat([tail[:, :lead], carried.flatten(0, 1).transpose(0, 1), tail[:, -1:]], 1)
-    for level in range(1, layout.levels + 1):
-        if layout.level_nodes[level] == 0:
-            break
-        rows = _child_rows(level, layout)
-        if rows is not None and level > 1:
+    for level in layout.built:
+        rows = None if layout.spans is None else layout.child_rows(level)
+        if rows is not None and level.number > 1:
             # ``below`` holds one level, then everything that stands behind the new nodes.
-            slot = layout.level_slice(level - 1)
+            slot = level.read
             rows = torch.where(rows < slot.stop, rows - slot.start, rows - layout.unused_base + slot.stop - slot.start)
         stacks = _children(below, rows, level, layout).permute(1, 2, 3, 0, 4)
         node = merge(stacks[:, 0], stacks[:, 1])
-        expected = (stacks.shape[0], stack_height(level, layout.expand), bank, size)
+        expected = (stacks.shape[0], level.height, bank, size)
         if tuple(node.shape) != expected:
             raise ValueError(f"summarizer: expected a node of shape {expected}, got {tuple(node.shape)}")
         levels.append(node.permute(2, 0, 1, 3).reshape(bank, node.shape[0] * node.shape[1], size))

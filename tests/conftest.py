@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 
 
+# For what tests start; their own processes follow `_settled`. Workers of several tests must not fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def _settled():
     torch.manual_seed(0)
@@ -21,16 +28,14 @@ def _settled():
 
 
 @pytest.fixture(autouse=True)
+def _frozen():
+    """What was there before a test lives to the end: measurements collect garbage, and need not walk it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_allocations():
     """Every ``torch.empty`` holds NaN (the largest integer for integers), in all tests (R7)."""
     with filled(True):
         yield
-
-
-@pytest.fixture
-def one_thread():
-    """For what is many small operations: a second thread only waits, and far longer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.measure.contender import BaseProblem
-from lmn_kernels import LogarithmicMixing
+from lmn_kernels import LogarithmicMixing, build_tree
 from lmn_kernels.layers.summarizers import Summarizer
-from lmn_kernels.ops.functional import build_tree
 from python_ref.layout import Layout, make_layout
 from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
@@ -54,7 +53,7 @@ class Problem(BaseProblem):
 
     @property
     def layout(self) -> Layout:
-        return make_layout(self.shape.tokens, self.shape.batch, 0, self.shape.length, None, None, self.device)
+        return make_layout(self.sequences, 0, self.device)
 
     @property
     def summarizer(self) -> Summarizer:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.measure.comparison import Comparison, Limits
 from bench.measure.contender import OURS, BaseProblem, Form, Oracle, Outputs, Provider, Size
 from bench.measure.runner import Context
-from lmn_kernels.ops.functional import attend, build_tree
+from lmn_kernels import attend, build_tree
 
 from . import flex, materialized, node_level
 from .compiled import compile_whole

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.files import write_file
-from lmn_kernels._triton import attention, look_ahead, tree
+from lmn_kernels._triton import attention, look_ahead, tree_compile
 from lmn_kernels._triton.common import CompileCase
 
 # Shared memory that one program may use (CUDA programming guide, compute capabilities).
@@ -36,7 +36,7 @@ NO_SPILLS = (80, 90)
 
 def cases(arch: int) -> list[CompileCase]:
     """What a GPU of compute capability ``arch`` may be given."""
-    return [*attention.compile_cases(arch), *look_ahead.compile_cases(arch), *tree.compile_cases(arch)]
+    return [*attention.compile_cases(arch), *look_ahead.compile_cases(arch), *tree_compile.compile_cases(arch)]
 
 
 def _tool(name: str) -> str:
@@ -49,7 +49,7 @@ def measure(case: CompileCase, arch: int) -> dict[str, Any]:
         "kernel": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "arch": arch,
-        "config": {k: v for k, v in case.constexprs.items() if isinstance(v, int)} | case.options,
+        "config": {k: v for k, v in case.constexprs.items() if isinstance(v, int)} | dict(case.options),
         "default": case.default,
     }
     signature = _full_signature(case)
@@ -57,7 +57,7 @@ def measure(case: CompileCase, arch: int) -> dict[str, Any]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
     except Exception as error:  # whatever a compiler throws is the finding
         return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -84,7 +84,7 @@ def build(out: Path) -> tuple[str, Path]:
 def linked(binary: Path) -> str:
     """What the binary says of itself once it is loaded: nothing is missing from it."""
     script = (
-        "import importlib.util, sys, torch, lmn_kernels.ops.library\n"
+        "import importlib.util, sys, torch, lmn_kernels\n"
         "spec = importlib.util.spec_from_file_location('lmn_kernels._C', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "for name in ('update_', 'decode_', 'step'):\n"

@@ -33,8 +33,8 @@ from .tables import (
 )
 
 
-def _timed(rows: Sequence[Row], compact: bool = False) -> str:
-    return by_operation(rows, lambda group: grid(group, time_cell(compact)))
+def _timed(rows: Sequence[Row]) -> str:
+    return by_operation(rows, lambda group: grid(group, time_cell))
 
 
 _HOW = "Medians (20th to 80th percentile); × is a contender's time over ours, above 1 where ours is faster."
@@ -45,12 +45,6 @@ def kernels(rows: Sequence[Row]) -> str:
     return join(_HOW, _timed(rows), losses(rows), f"### Memory\n\n{memory(held)}" if held else "")
 
 
-def kernels_compact(rows: Sequence[Row]) -> str:
-    """The layer alone, in few words, and every loss."""
-    layer = [row for row in rows if row.get("operation") == "layer"]
-    return join(_HOW, grid(layer, time_cell(compact=True)) if layer else "", losses(rows))
-
-
 FACTS = {
     "p99_over_median": "99th percentile over the median of tokens in a row",
     "worst_token": "the token that merges on every level",
@@ -59,7 +53,7 @@ FACTS = {
 }
 
 
-def decode(rows: Sequence[Row], compact: bool = False) -> str:
+def decode(rows: Sequence[Row]) -> str:
     timed, facts = [row for row in rows if "fact" not in row], [row for row in rows if "fact" in row]
     lines = [
         [
@@ -71,7 +65,7 @@ def decode(rows: Sequence[Row], compact: bool = False) -> str:
         for row in facts
     ]
     told = table(["fact of ours", "at", "dtype", "value"], lines, 3) if lines else ""
-    return join(_HOW, _timed(timed, compact) if timed else "", told, losses(timed))
+    return join(_HOW, _timed(timed) if timed else "", told, losses(timed))
 
 
 def scaling(rows: Sequence[Row]) -> str:
@@ -142,15 +136,6 @@ def table1(rows: Sequence[Row]) -> str:
 def lamemo(rows: Sequence[Row]) -> str:
     kept = losses(rows, measured("saved_bytes"), "smaller", "saved bytes")
     return join("### Time", _HOW, _timed(rows), losses(rows), "### Memory", memory(rows), kept)
-
-
-def lamemo_compact(rows: Sequence[Row]) -> str:
-    """The layer alone, in few words, and every loss to a form of the same computation."""
-    layer = [row for row in rows if row.get("operation") == "look-ahead layer"]
-    # It does less, and always takes less.
-    same = [row for row in rows if row.get("provider") != "looks back alone"]
-    drawn = [grid(layer, time_cell(compact=True)), grid(layer, memory_cell, peak, "MB")] if layer else []
-    return join(_HOW, *drawn[:1], losses(same), _MEMORY_HOW, *drawn[1:], losses(same, peak, "smaller", "peak"))
 
 
 def lamemo_training(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
-"""Make the tables, the drawings and the README's figures out of the journals: rows alone decide what they say.
+"""Make the tables, the drawings and the README's few lines out of the journals: rows alone decide what they say.
 
-`report` writes ``bench/results/README.md`` with everything, the drawings beside it, and what stands between
-``<!-- bench:NAME -->`` and ``<!-- /bench -->`` in the README. Results of several devices are several tables.
+`report` writes ``bench/results/README.md`` with everything, a table for each device, the drawings beside it, and what
+stands between ``<!-- bench -->`` and ``<!-- /bench -->`` in the README: one drawing and a few lines.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.errors import InputError, RunError
@@ -17,11 +17,13 @@ from bench.files import write_file
 from bench.measure.journal import Invocation, Row, read
 
 from . import goals, plots
-from .chapters import RUNS, Body, decode, kernels_compact, lamemo_compact, recall_sentence
-from .tables import ABSENT, join, losses, number, peak, text
+from .chapters import RUNS
+from .headline import RUNS as HEADLINE_RUNS
+from .headline import headline
+from .tables import ABSENT, join, number, text
 
 Loaded = dict[str, dict[str, Invocation]]
-_MARK = re.compile(r"<!--\s*(?:bench:(?P<name>.*?)|(?P<end>/bench))\s*-->")
+_MARK = re.compile(r"<!--\s*(?P<end>/?)bench(?P<name>:.*?)?\s*-->")
 
 
 def load(results: Path) -> Loaded:
@@ -105,9 +107,9 @@ def device_names(devices: Iterable[str]) -> dict[str, str]:
     return {name: found if short.count(found) == 1 else slug(name) for name, found in zip(every, short, strict=True)}
 
 
-def _tables(run: str, loaded: Loaded, body: Body | None = None) -> str:
+def _tables(run: str, loaded: Loaded) -> str:
     """Caption and tables of a run, device by device."""
-    write = body or RUNS[run][1]
+    write = RUNS[run][1]
     found = [join(caption(run, invocation), write(invocation.rows)) for invocation in loaded.get(run, {}).values()]
     return join(*found) or f"No results yet; `python -m bench {run}` makes them."
 
@@ -134,11 +136,11 @@ class Pictures:
                 rows[self._names[device]][run] = invocation.rows
         self.files = plots.draw(rows)
 
-    def show(self, run: str, page: Path) -> str:
-        """Every device's drawing of a run, light or dark as the reader's page is."""
-        base = Path(os.path.relpath(self.folder, page.parent)).as_posix()
+    def show(self, run: str, page: Path, only: str | None = None) -> str:
+        """Every device's drawing of a run, or only one's, light or dark as the reader's page is."""
+        base = _relative(self.folder, page)
         found = []
-        for device in self._loaded.get(run, {}):
+        for device in self._loaded.get(run, {}) if only is None else [only]:
             name = f"{run}-{self._names[device]}"
             if f"{name}-light.svg" in self.files:
                 found.append(
@@ -148,61 +150,64 @@ class Pictures:
         return join(*found)
 
 
-def sections(loaded: Loaded, pictures: Pictures, readme: Path) -> dict[str, str]:
-    """The README's, by name."""
-
-    def lost(value: Callable[[Row], float | None] | None, *words: str) -> Body:
-        def write(rows: Sequence[Row]) -> str:
-            timed = [row for row in rows if "slope" not in row]
-            return losses(timed, value, *words) if value else losses(timed)
-
-        return write
-
-    return {
-        "kernels": _tables("kernels", loaded, kernels_compact),
-        "plots": join(
-            pictures.show("scaling", readme),
-            _tables("scaling", loaded, lost(None)),
-            pictures.show("memory", readme),
-            _tables("memory", loaded, lost(peak, "smaller", "peak")),
-        ),
-        "decode": _tables("decode", loaded, lambda rows: decode(rows, compact=True)),
-        "table1": _tables("paper-table1", loaded),
-        "recall": join(pictures.show("recall", readme), _tables("recall", loaded, recall_sentence)),
-        "agreement": _tables("agreement", loaded),
-        "lamemo": _tables("lamemo", loaded, lamemo_compact),
-        "lamemo-training": join(pictures.show("lamemo-training", readme), _tables("lamemo-training", loaded)),
-    }
+def _relative(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
-def update(content: str, new: Mapping[str, str]) -> str:
-    """``content`` with other words between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``.
+def summary(loaded: Loaded, pictures: Pictures, readme: Path, full: Path) -> str:
+    """The README's block, of one device: a GPU where one was measured. At most twelve lines."""
+    run = HEADLINE_RUNS[0]
+    device = min(loaded.get(run, {}), key=lambda name: (name.startswith("cpu"), name), default=None)
+    if device is None:
+        return f"No results yet; `python -m bench {run}` makes them."
+    found = {name: loaded[name][device] for name in HEADLINE_RUNS if device in loaded.get(name, {})}
+    sources = "; ".join(_source(name, invocation) for name, invocation in found.items())
+    source = f"{text(device)}, medians: {sources}. [All tables]({_relative(full, readme)})."
+    told = headline({name: invocation.rows for name, invocation in found.items()}, source)
+    return join(pictures.show(run, readme, device), told)
+
+
+def _source(run: str, invocation: Invocation) -> str:
+    """A caption in few words: the long one stands in the tables."""
+    environment = invocation.start.get("environment", {})
+    threads = environment.get("threads")
+    words = [
+        f"`python -m bench {run}`",
+        f"{threads} thread{'' if threads == 1 else 's'}" if threads is not None else "",
+        _commit(environment.get("commit"), environment.get("dirty")),
+        text(invocation.start.get("time", ABSENT))[:10],
+        "" if _is_whole(invocation) else "incomplete",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def update(content: str, new: str) -> str:
+    """``content`` with other words between ``<!-- bench -->`` and ``<!-- /bench -->``.
 
     Raises:
-        InputError: a marker's name is unknown, or it is not closed, or a closing one has none before it.
+        InputError: a marker has a name, or it is not closed, or a closing one has none before it.
     """
-    parts, opened, copied = [], "", 0
+    parts, copied, opened = [], 0, False
     for mark in _MARK.finditer(content):
+        line = content.count("\n", 0, mark.start()) + 1
+        if mark["name"]:
+            raise InputError(f"marker in line {line}: expected <!-- bench --> or <!-- /bench -->, got {mark[0]}")
+        if opened == (not mark["end"]):
+            expected = "one that opens before <!-- /bench -->" if mark["end"] else "<!-- /bench --> before another"
+            raise InputError(f"marker in line {line}: expected {expected}, got none")
         if mark["end"]:
-            if not opened:
-                line = content.count("\n", 0, mark.start()) + 1
-                raise InputError(f"marker: expected one that opens before <!-- /bench --> in line {line}, got none")
-            parts.append(f"\n{new[opened].strip()}\n")
-            opened, copied = "", mark.start()
-            continue
-        if opened:
-            break
-        opened = mark["name"]
-        if opened not in new:
-            raise InputError(f"marker bench:{opened}: expected one of {', '.join(sorted(new))}")
-        parts.append(content[copied : mark.end()])
+            parts.append(f"\n{new.strip()}\n")
+            copied = mark.start()
+        else:
+            parts.append(content[copied : mark.end()])
+        opened = not mark["end"]
     if opened:
-        raise InputError(f"marker bench:{opened}: expected <!-- /bench --> behind it, got none")
+        raise InputError("marker: expected <!-- /bench --> behind the last <!-- bench -->, got none")
     return "".join([*parts, content[copied:]])
 
 
 def report(results: Path, readme: Path, drawings: Path) -> None:
-    """Write the drawings, ``results/README.md`` and the README's sections, in this order, once all are made.
+    """Write the drawings, ``results/README.md`` and the README's block, in this order, once all are made.
 
     Args:
         results: folder of the journals.
@@ -220,7 +225,7 @@ def report(results: Path, readme: Path, drawings: Path) -> None:
         raise InputError(f"readme: expected a text file at {readme}, got {error}") from error
     pictures = Pictures(loaded, drawings)
     full = results / "README.md"
-    new = update(old, sections(loaded, pictures, readme))
+    new = update(old, summary(loaded, pictures, readme, full))
     chapters = [join(f"## {title}", pictures.show(run, full), _tables(run, loaded)) for run, (title, _) in RUNS.items()]
     chapters += [join(f"## Goals, {text(device)}", goals.chapter(rows)) for device, rows in _on_gpus(loaded).items()]
     how = "Made by `python -m bench report` from the rows beside it; what is written here by hand is lost."

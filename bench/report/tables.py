@@ -181,19 +181,13 @@ def _sizes(row: Row, names: list[str]) -> str:
     return sizes[0] if len(sizes) == 1 else f"({'; '.join(sizes)})"
 
 
-def time_cell(compact: bool = False) -> Cell:
-    """Median, percentiles and ratio; only median and ratio of the others where it is ``compact``."""
-
-    def cell(row: Row, ratio: float | None) -> str:
-        shown = number(row.get("median"))
-        if not compact or is_ours(row):
-            spread = f"{number(row.get('p20'), 3)}–{number(row.get('p80'), 3)}" if {"p20", "p80"} <= row.keys() else ""
-            tail = f"p99 {number(row.get('p99'), 3)}" if "p99" in row else ""
-            inside = "; ".join(filter(None, (spread, tail)))
-            shown += f" ({inside})" if inside else ""
-        return shown if ratio is None else f"{shown}, {number(ratio, 3)}×"
-
-    return cell
+def time_cell(row: Row, ratio: float | None) -> str:
+    """Median, percentiles and ratio."""
+    spread = f"{number(row.get('p20'), 3)}–{number(row.get('p80'), 3)}" if {"p20", "p80"} <= row.keys() else ""
+    tail = f"p99 {number(row.get('p99'), 3)}" if "p99" in row else ""
+    inside = "; ".join(filter(None, (spread, tail)))
+    shown = f"{number(row.get('median'))} ({inside})" if inside else number(row.get("median"))
+    return shown if ratio is None else f"{shown}, {number(ratio, 3)}×"
 
 
 def memory_cell(row: Row, ratio: float | None) -> str:
@@ -260,6 +254,8 @@ def by_operation(rows: Sequence[Row], draw: Callable[[Sequence[Row]], str]) -> s
 # Where ours loses
 
 Points = list[tuple[int, float]]
+Losing = tuple[str, str, str, list[float]]
+"""What is compared, who beats ours, where along the axis, and the ratios there."""
 
 
 def _groups(pairs: list[tuple[Row, float]], axis: str) -> Iterable[tuple[str, str, Points]]:
@@ -313,20 +309,29 @@ def _ranges(points: Points, symbol: str) -> Iterable[tuple[str, list[float]]]:
         yield where, [ratio for _, ratio in group]
 
 
-def losses(rows: Sequence[Row], value: Value = milliseconds, word: str = "faster", of: str = "time") -> str:
+def losing_ranges(rows: Sequence[Row], value: Value = milliseconds) -> list[Losing]:
     """Every case in which a contender beats ours, as ranges of length or position."""
     pairs = [(row, ratio) for row, ratio in ratios(rows, value) if not is_ours(row)]
-    if not pairs:
-        return "Where we lose: nothing was measured beside ours."
     axis = "position" if any("position" in place(row) for row, _ in pairs) else "length"
+    return [
+        (what, who, where, found)
+        for what, who, points in _groups(pairs, axis)
+        for where, found in _ranges(points, SYMBOLS[axis])
+    ]
+
+
+def losses(rows: Sequence[Row], value: Value = milliseconds, word: str = "faster", of: str = "time") -> str:
+    """`losing_ranges` in words, with the ratios there."""
+    count = sum(not is_ours(row) for row, _ in ratios(rows, value))
+    if not count:
+        return "Where we lose: nothing was measured beside ours."
     lines = []
-    for what, who, points in _groups(pairs, axis):
-        for where, found in _ranges(points, SYMBOLS[axis]):
-            shares = dict.fromkeys((number(min(found), 3), number(max(found), 3)))
-            beaten = " ".join(filter(None, (f"{who} is {word}", where)))
-            lines.append(f"- {what}: {beaten} ({' to '.join(shares)} of our {of})")
+    for what, who, where, found in losing_ranges(rows, value):
+        shares = dict.fromkeys((number(min(found), 3), number(max(found), 3)))
+        beaten = " ".join(filter(None, (f"{who} is {word}", where)))
+        lines.append(f"- {what}: {beaten} ({' to '.join(shares)} of our {of})")
     if not lines:
-        return f"Where we lose: nowhere; no contender is {word} in any of {len(pairs)} comparisons."
+        return f"Where we lose: nowhere; no contender is {word} in any of {count} comparisons."
     return "\n".join(["Where we lose:", "", *lines])
 
 

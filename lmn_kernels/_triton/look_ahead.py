@@ -12,23 +12,14 @@ for the table. Each sums in a fixed order, and no sum is atomic.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import (
-    CompileCase,
-    dot_precision,
-    for_heads,
-    next_power_of_2,
-    on_device,
-    pointer,
-    product_dtype,
-    product_dtype_on,
-    triton_dtype,
-)
+from .common import CompileCase, Products, on_device, pointer, products_of, products_on
+from .launch import LAUNCHES, Launch, launch_for
 from .look_ahead_kernels import (
     SIZES,
     look_ahead_bwd_kernel_dkv,
@@ -37,48 +28,17 @@ from .look_ahead_kernels import (
     look_ahead_fwd_kernel,
 )
 
-
-class Config(NamedTuple):
-    """BT rows and keys a tile."""
-
-    BT: int
-    num_warps: int
-    num_stages: int
-
-
-# By head size rounded up to a power of two, chosen so that nothing spills on sm_80 and sm_90
-# (`bench.gpu.compile_kernels`); not yet tuned on a GPU. Float32 products hold their operands in registers: heads wider
-# than these go to the reference.
-CONFIGS = {
-    "forward": {16: Config(64, 8, 2), 32: Config(64, 8, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
-    "rows": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
-    "keys": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 8, 2), 128: Config(32, 8, 2)},
-    "distances": {16: Config(32, 4, 2), 32: Config(32, 4, 2), 64: Config(32, 4, 2), 128: Config(16, 4, 2)},
-}
-FLOAT32 = {width: Config(16, 8, 1) for width in (16, 32, 64)}
 # Programs over distances that are wanted at least; where there are fewer, the streams are split among more.
 TABLE_PROGRAMS = 256
 
 
-def default_config(kernel: str, head_size: int, dtype: torch.dtype) -> Config:
-    """The configuration that a kernel of `CONFIGS` gets whose products are in ``dtype``.
-
-    Raises:
-        ValueError: no configuration serves heads this wide.
-    """
-    return for_heads(FLOAT32 if dtype == torch.float32 else CONFIGS[kernel], head_size, dtype)
-
-
-def _constants(config: Config, head_size: int, dtype: torch.dtype, start: Tensor | None) -> dict[str, Any]:
+def _constants(launch: Launch, head_size: int, products: Products, start: Tensor | None) -> dict[str, Any]:
     return {
         "D": head_size,
-        "BT": config.BT,
-        "BD": max(16, next_power_of_2(head_size)),
-        "DOT": triton_dtype(dtype),
-        "PRECISION": dot_precision(),
+        "BD": max(16, triton.next_power_of_2(head_size)),
+        **products.constants,
         "HAS_START": start is not None,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **launch.blocks,
     }
 
 
@@ -90,7 +50,8 @@ def _sizes(q: Tensor, kv: Tensor, tokens: int, window: int, future_row: int) -> 
 
 
 def _row_blocks(rows: int, tokens: int, width: int) -> int:
-    return triton.cdiv(rows - tokens, width) + triton.cdiv(tokens, width)
+    blocks: int = triton.cdiv(rows - tokens, width) + triton.cdiv(tokens, width)
+    return blocks
 
 
 def attend(
@@ -104,24 +65,24 @@ def attend(
     tokens: int,
     window: int,
     future_row: int,
-    config: Config | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`python_ref.look_ahead.attend` in one launch; heads of up to 128 features, 64 in float32."""
     batch, rows, heads, head_size = q.shape
-    products = product_dtype(q)
-    config = config or default_config("forward", head_size, products)
+    products = products_of(q)
+    launch = launch or launch_for("look_ahead_fwd", head_size, products.dtype, q.device)
     q, kv, bias, table = (tensor.contiguous() for tensor in (q, kv, bias, table))
     start = None if start is None else start.contiguous()
     out = torch.empty_like(q)
     total = torch.empty(batch, rows, heads, dtype=torch.float32, device=q.device)
-    blocks = _row_blocks(rows, tokens, config.BT)
+    blocks = _row_blocks(rows, tokens, launch.blocks["BT"])
     seeds = (q, total) if output is None or lse is None else (output.contiguous(), lse.contiguous())
     if batch:
         with on_device(q):
             look_ahead_fwd_kernel[(blocks * batch * heads,)](
                 q, kv, bias, table, *seeds, q if start is None else start, out, total,
                 *_sizes(q, kv, tokens, window, future_row), heads,
-                **_constants(config, head_size, products, start), IS_SEEDED=output is not None,
+                **_constants(launch, head_size, products, start), **launch.options, IS_SEEDED=output is not None,
             )  # fmt: skip
     return out, total
 
@@ -139,13 +100,14 @@ def attend_backward(
     tokens: int,
     window: int,
     future_row: int,
-    config: Config | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`python_ref.look_ahead.attend_backward` in three launches, bitwise reproducible."""
     batch, rows, heads, head_size = q.shape
-    keys, products = kv.shape[1], product_dtype(q)
+    keys, products = kv.shape[1], products_of(q)
     rowwise, keywise, distancewise = (
-        config or default_config(kernel, head_size, products) for kernel in ("rows", "keys", "distances")
+        launch or launch_for(kernel, head_size, products.dtype, q.device)
+        for kernel in ("look_ahead_bwd_dq", "look_ahead_bwd_dkv", "look_ahead_bwd_dtable")
     )
     q, kv, bias, table, out, lse = (tensor.contiguous() for tensor in (q, kv, bias, table, out, lse))
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
@@ -153,27 +115,27 @@ def attend_backward(
     d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
     if not batch:
         return d_q, d_kv, torch.zeros_like(bias), torch.zeros_like(table)
-    blocks = _row_blocks(rows, tokens, rowwise.BT)
-    ahead_blocks = triton.cdiv(rows - tokens, rowwise.BT)
+    blocks = _row_blocks(rows, tokens, rowwise.blocks["BT"])
+    ahead_blocks = triton.cdiv(rows - tokens, rowwise.blocks["BT"])
     mean = torch.empty_like(lse)
     d_bias = torch.empty(blocks, batch, 2, heads, head_size, dtype=torch.float32, device=q.device)
     # Blocks of distances: behind, and, where they have rows of their own, ahead.
-    distances = triton.cdiv(keys, distancewise.BT)
+    distances = triton.cdiv(keys, distancewise.blocks["BT"])
     if future_row:
-        distances += triton.cdiv(rows - tokens + 1, distancewise.BT)
+        distances += triton.cdiv(rows - tokens + 1, distancewise.blocks["BT"])
     splits = min(batch, triton.cdiv(TABLE_PROGRAMS, distances * heads))
     # Rows of no distance stay zero.
     d_table = torch.zeros(splits, *table.shape, dtype=torch.float32, device=q.device)
     sizes = _sizes(q, kv, tokens, window, future_row)
     first = q if start is None else start
     by_row, by_key, by_distance = (
-        _constants(one, head_size, products, start) for one in (rowwise, keywise, distancewise)
+        _constants(one, head_size, products, start) | dict(one.options) for one in (rowwise, keywise, distancewise)
     )
     with on_device(q):
         look_ahead_bwd_kernel_dq[(blocks * batch * heads,)](
             q, kv, bias, table, first, out, lse, grad_out, grad_lse, mean, d_q, d_bias, *sizes, heads, **by_row
         )
-        look_ahead_bwd_kernel_dkv[(triton.cdiv(keys, keywise.BT) * batch * heads,)](
+        look_ahead_bwd_kernel_dkv[(triton.cdiv(keys, keywise.blocks["BT"]) * batch * heads,)](
             q, kv, bias, table, first, lse, grad_out, mean, d_kv, *sizes, heads, **by_key
         )
         look_ahead_bwd_kernel_dtable[(distances * heads * splits,)](
@@ -192,16 +154,16 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         names = ("q", "kv", "bias", "table", "output", "out", "d_out", "dq", "dkv")
         signature = dict.fromkeys(names, pointer(dtype)) | sums | sizes | {"start": "*i64"}
-        products = product_dtype_on(arch, dtype)
-        for head_size in FLOAT32 if products == torch.float32 else CONFIGS["forward"]:
-            for name, kernel, kind in (
-                ("look_ahead_fwd", look_ahead_fwd_kernel, "forward"),
-                ("look_ahead_bwd_dq", look_ahead_bwd_kernel_dq, "rows"),
-                ("look_ahead_bwd_dkv", look_ahead_bwd_kernel_dkv, "keys"),
-                ("look_ahead_bwd_dtable", look_ahead_bwd_kernel_dtable, "distances"),
-            ):
-                constants = _constants(default_config(kind, head_size, products), head_size, products, None)
-                if kind == "forward":
+        products = products_on(arch, dtype)
+        for name, kernel in (
+            ("look_ahead_fwd", look_ahead_fwd_kernel),
+            ("look_ahead_bwd_dq", look_ahead_bwd_kernel_dq),
+            ("look_ahead_bwd_dkv", look_ahead_bwd_kernel_dkv),
+            ("look_ahead_bwd_dtable", look_ahead_bwd_kernel_dtable),
+        ):
+            for head_size in LAUNCHES.widths(name, products.dtype):
+                launch = LAUNCHES.look_up(name, head_size, products.dtype, arch)
+                constants = _constants(launch, head_size, products, None)
+                if kernel is look_ahead_fwd_kernel:
                     constants["IS_SEEDED"] = True
-                options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, options, dtype, True)
+                yield CompileCase(f"{name} D={head_size}", kernel, signature, constants, launch.options, dtype, True)

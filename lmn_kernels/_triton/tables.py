@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from python_ref.layout import Layout, constant, stack_height
+from python_ref.layout import Layout, constant
 
 
 class AttendTables(NamedTuple):
@@ -41,12 +41,12 @@ def attend_tables(layout: Layout, width: int) -> AttendTables:
 
 
 def _build(layout: Layout, width: int) -> AttendTables:
-    start, length, offset, first, place = layout.tables()
+    start, length, offset, first, place = tables = layout.tables()
     sequence, base, real, before = layout.tile_list(width)
     level, slot, entry = layout.tile_keys(width)
+    bases = constant(tuple(layout.level_base), layout.device)
     shift = width.bit_length() - 1
     height = 1 + torch.arange(layout.levels + 1, device=layout.device) * layout.expand
-    bases = constant(tuple(layout.level_base), layout.device)
     level_row = bases[:, None] + (place[:, :-1] - first) * height[:, None]
     key = pad(torch.stack([level, slot, entry]), (0, -len(level) % 64), value=-1)
     return AttendTables(
@@ -56,19 +56,19 @@ def _build(layout: Layout, width: int) -> AttendTables:
         key.to(torch.int32),
         len(level),
         # A node of the tile's own level has one tile to itself, too.
-        sum((width >> i) * stack_height(i, layout.expand) for i in range(1, min(shift, layout.levels) + 1)),
-        _shared(layout, width, before),
+        sum((width >> i) * layout.heights[i] for i in range(1, min(shift, layout.levels) + 1)),
+        _shared(layout, tables, width, before),
     )
 
 
-def _shared(layout: Layout, width: int, before: Tensor) -> Tensor:
+def _shared(layout: Layout, tables: tuple[Tensor, ...], width: int, before: Tensor) -> Tensor:
     """The ``shared`` table: ``node(i, j)`` is read by the tiles of positions (j+1)·2^i … (j+2)·2^i - 1."""
-    _, _, offset, first, place = layout.tables()
+    _, _, offset, first, place = tables
     shift = width.bit_length() - 1
     sequences = torch.arange(layout.sequences, device=layout.device)
     rows, number = [], 0
     for level in range(shift + 1, layout.levels + 1):
-        height = stack_height(level, layout.expand)
+        height = layout.heights[level]
         count = torch.arange(layout.level_nodes[level], device=layout.device)
         sequence = torch.searchsorted(place[level, 1:].contiguous(), count, right=True)
         sequence = sequence.clamp(max=max(layout.sequences - 1, 0))

@@ -20,35 +20,44 @@ import torch
 from torch import Tensor
 
 from python_ref import tree as reference
-from python_ref.layout import Layout, constant, stack_height
+from python_ref.layout import Layout, constant
 from python_ref.tree import LinearMerge
 
 from . import tree_kernels as kernels
-from .common import INTERPRETED, dot_precision, on_device, product_dtype, triton_dtype
-from .tree_configs import (
-    BLOCK_FEATURES,
-    DTYPES,
-    TAIL_ELEMENTS,
-    Tiling,
-    compile_cases,
-    config,
-    configs,
-    tiling_arguments,
-)
+from .common import INTERPRETED, Products, on_device, products_of
+from .launch import Launch, launch_for
 from .tree_tiles import EQUAL, PAIRED, TABLE
 
-__all__ = ["build_tree", "build_tree_backward", "child_table", "compile_cases", "configs"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# Groups of at most so many features are built in blocks: the widest that have a launch.
+BLOCK_FEATURES = 128
+# Elements of a bank's level beyond which it gets a launch of its own: 1024 rows at E = 1024, and never
+# more than two tiles for each of 132 multiprocessors. Reasoned, not measured.
+TAIL_ELEMENTS = 1 << 20
 # Programs that a weight gradient is spread over, as far as there are rows for them.
 WEIGHT_PROGRAMS = 264
+
+# Tiles of small levels where there are none of their own.
+_NO_FEW = {"FEW": 0, "FEW_BM": 16, "FEW_BN": 16, "FEW_BK": 16}
+
+
+def of_two_sums(launch: Launch) -> Launch:
+    """A launch for tiles that keep two sums: gradients of a summarizer with a scale have columns half as wide."""
+    return launch.with_blocks(BN=max(launch.blocks["BN"] // 2, 16))
+
+
+def block_arguments(kernel: Any, launch: Launch) -> dict[str, int]:
+    """A launch's sizes as the constant arguments of a kernel."""
+    return {name: value for name, value in {**_NO_FEW, **launch.blocks}.items() if name in kernel.arg_names}
 
 
 class _Problem:
     """One call's sizes and flags, as the kernels take them."""
 
-    def __init__(self, x: Tensor, merge: LinearMerge, token: Tensor | None, layout: Layout):
+    def __init__(self, x: Tensor, merge: LinearMerge, token: Tensor | None, layout: Layout, products: Products):
         self.layout = layout
-        self.dtype, self.products, self.size = x.dtype, product_dtype(x), x.shape[1]
+        self.dtype, self.products, self.size = x.dtype, products.dtype, x.shape[1]
         self.x = x.contiguous()
         self.token = None if token is None else token.contiguous()
         self.weight, self.bias = merge.weight.contiguous(), merge.bias.contiguous()
@@ -82,16 +91,15 @@ class _Problem:
             "HAS_SCALE": self.scale is not None,
             "HAS_TOKEN": token is not None,
             "CHILDREN": self._children(),
-            "DOT": triton_dtype(self.products),
-            "PRECISION": dot_precision(),
+            **products.constants,
         }
 
     def _children(self) -> int:
         layout = self.layout
         if layout.spans is not None:
-            return TABLE.value
+            return int(TABLE.value)
         odd = any(layout.equal_length >> level & 1 for level in range(layout.levels))
-        return EQUAL.value if odd and layout.sequences > 1 else PAIRED.value
+        return int(EQUAL.value if odd and layout.sequences > 1 else PAIRED.value)
 
     def _tail_start(self) -> int:
         """The lowest level from which on all levels are small."""
@@ -102,20 +110,23 @@ class _Problem:
 
     def rows(self, level: int, below: int = 0) -> int:
         """Rows of a level's places, each as high as a node of ``below`` levels below it."""
-        return self.layout.level_nodes[level] * stack_height(level - below, self.layout.expand)
+        return self.layout.level_nodes[level] * self.layout.heights[level - below]
 
-    def config(self, kind: str, backward: bool) -> Tiling:
-        return config(kind, self.size, self.products, sums=2 if backward and self.scale is not None else 1)
+    def launch_of(self, part: str, backward: bool) -> Launch:
+        """How to launch a part of the tree: ``"level"``, ``"tail"`` or ``"block"``."""
+        name = f"tree_{part}_{'bwd' if backward else 'fwd'}"
+        found = launch_for(name, self.size, self.products, self.x.device)
+        return of_two_sums(found) if backward and self.scale is not None else found
 
-    def launch(self, kernel: Any, grid: int, tiling: Tiling, cooperative: bool = False, **arguments: Any) -> None:
+    def run(self, kernel: Any, grid: int, launch: Launch, cooperative: bool = False, **arguments: Any) -> None:
         if grid == 0:
             return
-        options: dict[str, Any] = dict(tiling.options())
+        options: dict[str, Any] = dict(launch.options)
         if cooperative and not INTERPRETED:
             options["launch_cooperative_grid"] = True
         given = self.arguments | arguments
         known = {name: given[name] for name in kernel.arg_names if name in given}
-        kernel[(grid,)](**known, **tiling_arguments(kernel, tiling), **options)
+        kernel[(grid,)](**known, **block_arguments(kernel, launch), **options)
 
 
 def child_table(layout: Layout) -> Tensor:
@@ -152,12 +163,12 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     if first >= last:
         return
     layout, together = problem.layout, last - first > 1
-    tiling = problem.config("tail" if together else "level", backward)
+    launch = problem.launch_of("tail" if together else "level", backward)
 
     def tiles(level: int) -> int:
         rows = problem.rows(level, below=int(backward))
-        few = together and rows <= tiling.few
-        row_size, col_size = (tiling.few_rows, tiling.few_cols) if few else (tiling.rows, tiling.cols)
+        few = together and rows <= launch.blocks["FEW"]
+        row_size, col_size = (launch.blocks[f"FEW_{name}" if few else name] for name in ("BM", "BN"))
         units = problem.bank if not backward else 1 if level == 1 else problem.bank
         sides = 2 if backward and problem.scale is None else 1
         return units * sides * -(-rows // row_size) * -(-problem.size // col_size)
@@ -166,10 +177,10 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     start = last - 1 if backward else first
     device = problem.x.device
     counter = torch.empty(1, dtype=torch.int32, device=device)
-    problem.launch(
+    problem.run(
         kernel,
         min(grid, _programs(device)) if together else grid,
-        tiling,
+        launch,
         cooperative=together,
         p_counter=counter.zero_() if together else counter,
         first=first,
@@ -181,27 +192,27 @@ def _walk(problem: _Problem, kernel: Any, first: int, last: int, backward: bool,
     )
 
 
-def _block_plan(layout: Layout, tiling: Tiling) -> list[tuple[int, int]]:
+def _block_plan(layout: Layout, launch: Launch) -> list[tuple[int, int]]:
     """(first level, levels) of each launch, from below."""
-    plan, first = [], 1
+    plan, first, span, levels = [], 1, launch.blocks["SPAN"], launch.blocks["LEVELS"]
     while first <= layout.levels:
         remaining = layout.levels - first + 1
-        plan.append((first, remaining if remaining <= tiling.span else min(tiling.levels, remaining)))
+        plan.append((first, remaining if remaining <= span else min(levels, remaining)))
         first += plan[-1][1]
     return plan
 
 
 def _walk_blocks(problem: _Problem, kernel: Any, backward: bool, **pointers: Any) -> None:
     """All levels, several per launch."""
-    layout, tiling = problem.layout, problem.config("block", backward)
-    plan = _block_plan(layout, tiling)
+    layout, launch = problem.layout, problem.launch_of("block", backward)
+    plan = _block_plan(layout, launch)
     for first, count in reversed(plan) if backward else plan:
-        blocks = -(-(layout.equal_length >> first) // (1 << (tiling.span - 1)))
+        blocks = -(-(layout.equal_length >> first) // (1 << (launch.blocks["SPAN"] - 1)))
         start = first + count - 1 if backward else first
-        problem.launch(
+        problem.run(
             kernel,
             layout.sequences * blocks * (1 if backward else problem.groups),
-            tiling,
+            launch,
             first=first,
             count=count,
             blocks=blocks,
@@ -223,8 +234,8 @@ def _library_merge(problem: _Problem, nodes: Tensor, level: int) -> None:
     """One level by the matrix library, bank by bank: its epilogue adds the bias."""
     layout = problem.layout
     for bank in range(problem.bank):
-        below = problem.x if level == 1 else nodes[bank, layout.level_slice(level - 1)]
-        pair, target = _sides(below, level, layout), nodes[bank, layout.level_slice(level)]
+        below = problem.x if level == 1 else nodes[bank, layout.level_rows[level - 1]]
+        pair, target = _sides(below, level, layout), nodes[bank, layout.level_rows[level]]
         weight, bias = problem.weight[bank, 0], problem.bias[bank]
         if pair.dim() == 2:
             torch.addmm(bias, pair, weight, out=target)
@@ -236,8 +247,8 @@ def _library_grad(problem: _Problem, total: Tensor, grad_x: Tensor, level: int) 
     """What one level sends to its children, by the matrix library."""
     layout = problem.layout
     for bank in range(problem.bank):
-        below = grad_x if level == 1 else total[bank, layout.level_slice(level - 1)]
-        target, grad = _sides(below, level, layout), total[bank, layout.level_slice(level)]
+        below = grad_x if level == 1 else total[bank, layout.level_rows[level - 1]]
+        target, grad = _sides(below, level, layout), total[bank, layout.level_rows[level]]
         weight, beta = problem.weight[bank, 0].t(), int(level > 1 or bank > 0)
         if target.dim() == 2:
             target.addmm_(grad, weight, beta=beta)
@@ -255,8 +266,8 @@ def build_tree(
     nodes[:, layout.unused_base :] = 0
     if carried is not None:
         nodes[:, layout.carry_base : layout.null_row] = carried.flatten(0, 1).transpose(0, 1)
-    problem = _Problem(x, merge, token, layout)
     with on_device(x):
+        problem = _Problem(x, merge, token, layout, products_of(x))
         if problem.in_blocks:
             _walk_blocks(problem, kernels.tree_block_fwd_kernel, False, p_nodes=nodes)
             return nodes
@@ -275,7 +286,7 @@ def build_tree_backward(
     """`python_ref.tree.build_tree_backward` by the kernels; rows that hold no node have the gradient zero."""
     if x.dtype not in DTYPES:
         return reference.build_tree_backward(grad_nodes, x, nodes, merge, token, layout)
-    problem = _Problem(x, merge, token, layout)
+    problem = _Problem(x, merge, token, layout, products_of(x))
     total = grad_nodes.to(x.dtype).clone(memory_format=torch.contiguous_format)
     # Every token of a sequence of even length has a parent, which writes its gradient.
     whole = layout.spans is None and layout.equal_length % 2 == 0
@@ -315,18 +326,19 @@ def _split_scale(problem: _Problem, sums: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _kernel_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Tensor:
-    layout, tiling = problem.layout, config("weight", problem.size, problem.products)
+    layout, device = problem.layout, problem.x.device
+    launch = launch_for("tree_bwd_weight", problem.size, problem.products, device)
     banks = problem.group_size // problem.size
-    tiles = -(-problem.size // tiling.rows) * -(-problem.size // tiling.cols)
+    tiles = -(-problem.size // launch.blocks["BM"]) * -(-problem.size // launch.blocks["BN"])
     tiles *= problem.groups * problem.taps * 2 * banks * banks
     rows = sum(problem.rows(level, below=1) for level in range(1, layout.levels + 1))
-    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * tiling.depth)), 1)
+    splits = max(min(WEIGHT_PROGRAMS // tiles, rows // (4 * launch.blocks["BK"])), 1)
     shape = (splits, problem.groups, problem.taps, 2 * problem.group_size, problem.group_size)
-    partial = torch.empty(shape, dtype=torch.float32, device=nodes.device)
-    problem.launch(
+    partial = torch.empty(shape, dtype=torch.float32, device=device)
+    problem.run(
         kernels.tree_bwd_kernel_weight,
         tiles * splits,
-        tiling,
+        launch,
         p_nodes=nodes,
         p_total=total,
         p_partial=partial,
@@ -345,13 +357,13 @@ def _library_weight_grad(problem: _Problem, nodes: Tensor, total: Tensor) -> Ten
         last = level
         while level > 1 and last < layout.levels and _gapless(last, layout):
             last += 1
-        rows = slice(layout.level_base[level], layout.level_slice(last).stop)
+        rows = slice(layout.level_base[level], layout.level_rows[last].stop)
         for b in range(bank):
             if last > level:
                 children = nodes[b, layout.level_base[level - 1] :][: 2 * (rows.stop - rows.start)]
                 pair = children.view(-1, 2 * size)
             else:
-                pair = _sides(problem.x if level == 1 else nodes[b, layout.level_slice(level - 1)], level, layout)
+                pair = _sides(problem.x if level == 1 else nodes[b, layout.level_rows[level - 1]], level, layout)
             sums[b] += torch.mm(pair.reshape(-1, 2 * size).t(), total[b, rows])
         level = last + 1
     return sums[:, None]

@@ -83,44 +83,14 @@ def tree_fwd_kernel(
         at = (level, base, below, table, 0)
         if FEW > 0 and rows <= FEW:
             merge_level(
-                pointers,
-                sizes,
-                at,
-                rows,
-                i_program,
-                programs,
-                E,
-                C,
-                TAPS,
-                HAS_SCALE,
-                HAS_TOKEN,
-                CHILDREN,
-                FEW_BM,
-                FEW_BN,
-                FEW_BK,
-                DOT,
-                PRECISION,
-            )
+                pointers, sizes, at, rows, i_program, programs,
+                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, FEW_BM, FEW_BN, FEW_BK, DOT, PRECISION,
+            )  # fmt: skip
         else:
             merge_level(
-                pointers,
-                sizes,
-                at,
-                rows,
-                i_program,
-                programs,
-                E,
-                C,
-                TAPS,
-                HAS_SCALE,
-                HAS_TOKEN,
-                CHILDREN,
-                BM,
-                BN,
-                BK,
-                DOT,
-                PRECISION,
-            )
+                pointers, sizes, at, rows, i_program, programs,
+                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+            )  # fmt: skip
         below = base
         base += rows
         table += places
@@ -177,44 +147,14 @@ def tree_bwd_kernel(
         at = (level, base, below, table, 0)
         if FEW > 0 and rows <= FEW:
             grad_level(
-                pointers,
-                sizes,
-                at,
-                rows,
-                i_program,
-                programs,
-                E,
-                C,
-                TAPS,
-                HAS_SCALE,
-                HAS_TOKEN,
-                CHILDREN,
-                FEW_BM,
-                FEW_BN,
-                FEW_BK,
-                DOT,
-                PRECISION,
-            )
+                pointers, sizes, at, rows, i_program, programs,
+                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, FEW_BM, FEW_BN, FEW_BK, DOT, PRECISION,
+            )  # fmt: skip
         else:
             grad_level(
-                pointers,
-                sizes,
-                at,
-                rows,
-                i_program,
-                programs,
-                E,
-                C,
-                TAPS,
-                HAS_SCALE,
-                HAS_TOKEN,
-                CHILDREN,
-                BM,
-                BN,
-                BK,
-                DOT,
-                PRECISION,
-            )
+                pointers, sizes, at, rows, i_program, programs,
+                E, C, TAPS, HAS_SCALE, HAS_TOKEN, CHILDREN, BM, BN, BK, DOT, PRECISION,
+            )  # fmt: skip
         base = below
         if level > 2:
             below -= places_of(level - 2, sizes, CHILDREN) * (1 + (level - 2) * (TAPS - 1))
@@ -273,25 +213,9 @@ def tree_block_fwd_kernel(
             for bank in range(bank0, bank0 + BANKS):
                 for col0 in range(0, E, BN):
                     merge_tile(
-                        pointers,
-                        sizes,
-                        at,
-                        row0,
-                        places * height,
-                        bank,
-                        col0,
-                        E,
-                        C,
-                        TAPS,
-                        HAS_SCALE,
-                        False,
-                        CHILDREN,
-                        BM,
-                        BN,
-                        BK,
-                        DOT,
-                        PRECISION,
-                    )
+                        pointers, sizes, at, row0, places * height, bank, col0,
+                        E, C, TAPS, HAS_SCALE, False, CHILDREN, BM, BN, BK, DOT, PRECISION,
+                    )  # fmt: skip
         below = base
         base += places_of(level, sizes, PAIRED) * height
         tl.debug_barrier()
@@ -339,24 +263,9 @@ def tree_block_bwd_kernel(
         place0, places = block_of(level, SPAN - count + step, i_block, sequence, sizes)
         at = (level, base, below, base, place0)
         grad_level(
-            pointers,
-            sizes,
-            at,
-            places * under,
-            0,
-            1,
-            E,
-            C,
-            TAPS,
-            HAS_SCALE,
-            False,
-            CHILDREN,
-            BM,
-            BN,
-            BK,
-            DOT,
-            PRECISION,
-        )
+            pointers, sizes, at, places * under, 0, 1,
+            E, C, TAPS, HAS_SCALE, False, CHILDREN, BM, BN, BK, DOT, PRECISION,
+        )  # fmt: skip
         base = below
         if level > 2:
             below -= places_of(level - 2, sizes, PAIRED) * (1 + (level - 2) * (TAPS - 1))

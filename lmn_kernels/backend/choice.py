@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import env, extension
 
-OPERATIONS = ("build_tree", "attend", "look_ahead_attend", "step")
 BACKENDS = ("auto", "reference", "triton", "cpp")
-IMPLEMENTED = {"reference": OPERATIONS, "triton": ("build_tree", "attend", "look_ahead_attend"), "cpp": ("step",)}
+# The types of device that a backend is made for; the reference serves all.
+DEVICES = {"triton": ("cuda",), "cpp": ("cpu", "cuda")}
 
 # Backends that serve a type of device only who asks for them by name: these kernels were compiled, but have
 # not run on a GPU. To be taken out with the first green result of `bench.gpu.check`.
@@ -21,8 +21,22 @@ UNPROVEN = {
     ("cpp", "cuda"): "the CUDA half of the extension has not run on a GPU yet; the backend 'cpp' takes it all the same",
 }
 
-# Features of a head that the Triton kernels take at most: in 16 bits, and where products are of float32.
-_WIDEST = {"build_tree": (256, 128), "attend": (256, 128), "look_ahead_attend": (128, 64)}
+
+class Operation(NamedTuple):
+    """Who computes an operation.
+
+    Attributes:
+        backends: that implement it, the fastest first; the reference does, too.
+        widest: features of a head that the Triton kernels take at most: in 16 bits, and where products are of
+            float32; None for any.
+    """
+
+    backends: tuple[str, ...]
+    widest: tuple[int, int] | None = None
+
+
+# By name, as the modules of `ops` declare them.
+OPERATIONS: dict[str, Operation] = {}
 
 _warned: set[tuple[str, str, str]] = set()
 _chosen: dict[tuple[Any, ...], tuple[str, None]] = {}
@@ -44,8 +58,8 @@ def _triton_obstacle(operation: str, index: int | None, dtype: torch.dtype, head
     if capability < (7, 5):
         return f"the Triton kernels need compute capability 7.5, this device has {capability[0]}.{capability[1]}"
     # Below sm_80 every product is one of float32.
-    widest = _WIDEST[operation][dtype == torch.float32 or capability < (8, 0)]
-    if head_size > widest:
+    limits = OPERATIONS[operation].widest
+    if limits is not None and head_size > (widest := limits[dtype == torch.float32 or capability < (8, 0)]):
         return f"the Triton kernels take heads of up to {widest} features in {dtype} on this device, not {head_size}"
     return None
 
@@ -54,36 +68,69 @@ def _triton_obstacle(operation: str, index: int | None, dtype: torch.dtype, head
 _triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def why_not(backend: str, operation: str, device: torch.device, dtype: torch.dtype, head_size: int = 1) -> str | None:
-    """Why ``backend`` cannot serve ``operation`` on ``device``; None where it can."""
+def declare(operation: str, *backends: str, widest: tuple[int, int] | None = None) -> None:
+    """Say who computes an operation; see `Operation`."""
+    OPERATIONS[operation] = Operation(backends, widest)
+
+
+def why_not(
+    backend: str, operation: str, device: torch.device | str, dtype: torch.dtype, head_size: int = 1
+) -> str | None:
+    """Why a backend cannot serve an operation; None where it can.
+
+    Args:
+        backend: ``"reference"``, ``"triton"`` or ``"cpp"``.
+        operation: ``"build_tree"``, ``"attend"``, ``"look_ahead_attend"`` or ``"step"``.
+        device, dtype: of the tensors.
+        head_size: features of a head, where the operation has heads.
+
+    Returns:
+        Every reason that holds, separated by semicolons.
+
+    Raises:
+        ValueError: no such backend or operation; the message lists those that there are.
+    """
+    device = torch.device(device)
+    if backend not in BACKENDS[1:]:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS[1:])}, got {backend!r}")
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
     if backend == "reference":
         return None
-    if backend == "triton" and operation != "step":
-        if device.type != "cuda":
-            return f"the Triton kernels need a CUDA device, not {device.type}"
+    if backend not in OPERATIONS[operation].backends:
+        return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
+    if backend == "triton":
+        found: list[str | None] = (
+            [] if device.type == "cuda" else [f"the Triton kernels need a CUDA device, not {device.type}"]
+        )
         if dtype == torch.float64:
-            return "the Triton kernels do not compute in float64"
-        return _triton_obstacle(operation, device.index, dtype, head_size)
-    if backend == "cpp" and operation == "step":
-        if device.type not in ("cpu", "cuda"):
-            return f"the extension serves CPU and CUDA devices, not {device.type}"
+            found.append("the Triton kernels do not compute in float64")
+        elif not found:
+            found = [_triton_obstacle(operation, device.index, dtype, head_size)]
+    elif device.type not in DEVICES["cpp"]:
+        found = [f"the extension serves CPU and CUDA devices, not {device.type}"]
+    else:
         half = (torch.float16,) if device.type == "cuda" else ()
-        if dtype not in (torch.float32, torch.bfloat16, *half):
-            return f"the extension does not compute in {dtype}"
-        return extension.obstacle(device.type)
-    return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
+        known = dtype in (torch.float32, torch.bfloat16, *half)
+        found = [None if known else f"the extension does not compute in {dtype}", extension.obstacle(device.type)]
+    return "; ".join(reason for reason in found if reason is not None) or None
 
 
 def preferred(operation: str, device: torch.device) -> str:
     """The backend made for an operation on a device; the reference itself where there is no faster one."""
-    if operation == "step":
-        return "cpp" if device.type in ("cpu", "cuda") else "reference"
-    return "triton" if device.type == "cuda" else "reference"
+    made = (backend for backend in OPERATIONS[operation].backends if device.type in DEVICES[backend])
+    return next(made, "reference")
 
 
-def check_name(backend: str, name: str = "backend") -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+def check_name(backend: str, name: str = "backend", operation: str | None = None) -> None:
+    """Whether there is a backend of that name, and where an operation is named, one that implements it.
+
+    Raises:
+        ValueError: there is none; the message names the argument ``name`` and lists them.
+    """
+    known = BACKENDS if operation is None else ("auto", "reference", *OPERATIONS[operation].backends)
+    if backend not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {backend!r}")
 
 
 def wanted(backend: str, operation: str) -> str:
@@ -96,7 +143,7 @@ def wanted(backend: str, operation: str) -> str:
         return backend
     backend = env.backend()
     check_name(backend, env.BACKEND)
-    return backend if backend == "auto" or operation in IMPLEMENTED[backend] else "auto"
+    return backend if backend in ("reference", *OPERATIONS[operation].backends) else "auto"
 
 
 def resolve(

@@ -47,8 +47,7 @@ def load() -> tuple[dict[str, str], str | None]:
         build = read_build(Path(spec.origin))
         reason = mismatch(build)
         if reason is None:
-            # The schemas that it implements come first.
-            importlib.import_module("lmn_kernels.ops.library")
+            # It implements the schemas of ops, which the import of the package has registered.
             importlib.import_module("lmn_kernels._C")
     except (ImportError, OSError, ValueError) as error:
         said = str(error).partition("\n")[0].rstrip(".")  # torch's own errors go on with a stack

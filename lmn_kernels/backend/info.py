@@ -42,7 +42,7 @@ def info() -> str:
     ]
     for kind, description in _devices():
         lines.append(f"{kind}: {description}")
-        lines += [f"  {operation}: {_uses(operation, torch.device(kind))}" for operation in choice.OPERATIONS]
+        lines += [f"  {operation}: {_uses(operation, torch.device(kind))}" for operation in sorted(choice.OPERATIONS)]
     return "\n".join(lines)
 
 

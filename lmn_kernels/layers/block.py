@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from python_ref.around import Around
 from python_ref.checks import check_positive
 
-from ..states.memory import MemoryState
-from .layer import Mix
 from .mixing import LogarithmicMixing
 from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
 
@@ -19,14 +18,17 @@ from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
 class FeedForward(nn.Module):
     """``Linear(E, F) → SiLU → Linear(F, E)``."""
 
-    def __init__(self, embedding: int, width: int, device=None, dtype=None):
+    def __init__(
+        self, embedding: int, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.fc1 = nn.Linear(embedding, width, device=device, dtype=dtype)
         self.fc2 = nn.Linear(width, embedding, device=device, dtype=dtype)
         self.activation = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
 
 
 class LogarithmicMemory(LogarithmicMixing):
@@ -82,16 +84,12 @@ class LogarithmicMemory(LogarithmicMixing):
             check_positive("feedforward_mult · embedding", width)
             self.norm2 = nn.RMSNorm(embedding, device=device, dtype=dtype)
             self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
-        self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)
+        self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)  # type: ignore[no-untyped-call]
 
-    def _layer(self, x: Tensor, mix: Mix) -> tuple[Tensor, MemoryState | None]:
-        mixed, state = mix(self.norm1(x))
-        x = x + mixed
-        if self.feedforward is not None and self.norm2 is not None:
-            x = x + self.feedforward(self.norm2(x))
-        return x, state
+    def around(self) -> Around:
+        return Around(self.norm1, self.norm2, self.feedforward)
 
-    def _around(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
+    def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         modules: dict[str, Any] = self._modules
         norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))
         if not _is_plain_norm(norm1):
@@ -114,7 +112,7 @@ def _is_plain_norm(module: Any) -> bool:
 def _eps(norm: Any) -> float:
     """That of `torch.nn.RMSNorm`, which by default is the resolution of the type it computes in."""
     if norm.eps is not None:
-        return norm.eps
+        return float(norm.eps)
     return _FLOAT64_EPS if parameter(norm, "weight").dtype == torch.float64 else _FLOAT32_EPS
 
 

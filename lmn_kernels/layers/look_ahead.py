@@ -15,7 +15,7 @@ from python_ref.look_ahead import merge
 from python_ref.precision import compute_dtype
 
 from ..backend import choice
-from ..ops.functional import look_ahead_attend
+from ..ops.look_ahead import look_ahead_attend
 
 
 class Reach(NamedTuple):
@@ -77,7 +77,7 @@ class LookAheadMemoryAttention(nn.Module):
         check_positive("head_size", head_size)
         if not merge_eps >= 0:
             raise ValueError(f"merge_eps: expected a number of at least 0, got {merge_eps!r}")
-        choice.check_name(backend)
+        choice.check_name(backend, "backend", "look_ahead_attend")
         self.embedding, self.heads, self.head_size = embedding, heads, head_size
         self.pre_norm, self.merge_eps, self.backend = pre_norm, merge_eps, backend
         inner = heads * head_size
@@ -88,7 +88,7 @@ class LookAheadMemoryAttention(nn.Module):
         self.o_net = nn.Linear(inner, embedding, **options)
         self.drop = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(embedding, device=device, dtype=dtype)
-        self.register_load_state_dict_pre_hook(_unpack_checkpoint)
+        self.register_load_state_dict_pre_hook(_unpack_checkpoint)  # type: ignore[no-untyped-call]
 
     def forward(
         self, x: Tensor, reach: Reach, *, looks_ahead: bool, output: Tensor | None = None, lse: Tensor | None = None
@@ -130,7 +130,15 @@ class LookAheadMemoryAttention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, embedding: int, inner: int, dropout: float, pre_norm: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        inner: int,
+        dropout: float,
+        pre_norm: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.CoreNet = nn.Sequential(
             nn.Linear(embedding, inner, device=device, dtype=dtype), nn.ReLU(), nn.Dropout(dropout),
@@ -140,9 +148,8 @@ class _FeedForward(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pre_norm:
-            return x + self.CoreNet(self.layer_norm(x))
-        return self.layer_norm(x + self.CoreNet(x))
+        y: Tensor = x + self.CoreNet(self.layer_norm(x)) if self.pre_norm else self.layer_norm(x + self.CoreNet(x))
+        return y
 
 
 class LookAheadMemoryLayer(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from python_ref.checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
 from python_ref.precision import compute_dtype, no_autocast
 
-from ..ops.functional import autocasts
+from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
 from .look_ahead import LookAheadMemoryLayer, Reach
 
@@ -286,26 +286,25 @@ class LookAheadLanguageModel(LookAheadMemory):
         self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([_TiedOutput(symbols, **place)])})
         self.symbols = symbols
         nn.init.normal_(self._table().weight, 0.0, 0.02)
-        self.register_load_state_dict_pre_hook(_untie_checkpoint)
+        self.register_load_state_dict_pre_hook(_untie_checkpoint)  # type: ignore[no-untyped-call]
 
-    def forward(  # type: ignore[override]
-        self, ids: Tensor, state: LookAheadState | None = None
-    ) -> tuple[Tensor, LookAheadState]:
+    def forward(self, ids: Tensor, state: LookAheadState | None = None) -> tuple[Tensor, LookAheadState]:
         """``ids [B, T]``, int64 → logits ``[B, T, symbols]`` of the symbol after each, and the new state."""
         check_tensor("ids", ids)
         check_shape("ids", ids, (None, None), "[batch, tokens]")
         check_ids("ids", ids, ids.shape, 0, self.symbols - 1)
         y, state = super().forward(self._table()(ids) * self.embedding**0.5, state)
-        return self.crit["out_layers"][0](y, self._table().weight), state  # type: ignore[index,operator]
+        return self.crit["out_layers"][0](y, self._table().weight), state  # type: ignore[index]
 
     def _table(self) -> nn.Embedding:
-        return self.word_emb["emb_layers"][0]  # type: ignore[index,return-value]
+        table: nn.Embedding = self.word_emb["emb_layers"][0]  # type: ignore[index]
+        return table
 
 
 class _TiedOutput(nn.Module):
     """The output layer but for its weight, which is the embedding's: one parameter cannot come apart."""
 
-    def __init__(self, symbols: int, device=None, dtype=None):
+    def __init__(self, symbols: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(symbols, device=device, dtype=dtype))
 

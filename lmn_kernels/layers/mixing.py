@@ -1,25 +1,36 @@
-"""The mixing layer: tree, projections and attention, without norms or feed-forward."""
+"""The mixing layer: tree, projections and attention, without norms or feed-forward.
+
+The class holds its parts and every public method; what they do stands in `parallel` (whole sequences), `sequential`
+(steps) and `original` (memory tensors), as functions of a layer.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from collections.abc import Callable
+from typing import Any
 
-from python_ref.checks import check_device, check_positive, check_shape, check_tensor
+import torch
+from torch import Tensor, nn
+
+from python_ref.around import Around
+from python_ref.checks import check_positive
 from python_ref.layout import level_count
 from python_ref.sequences import Sequences
+from python_ref.step import StepWeights
 
-from ..ops.functional import attend, under_autocast
+from ..backend.choice import check_name
 from ..states.memory import MemoryState
-from .original import OriginalFace
+from . import original, parallel, sequential
+from .parts import check_input
+from .projections import SingleVectorAttention
+from .summarizers import Expander, make_summarizer
 
 
-class LogarithmicMixing(OriginalFace):
+class LogarithmicMixing(nn.Module):
     """Each position attends to itself and to O(log n) summaries of all that came before it.
 
     Takes the place of self-attention in any block: causal, linear in length when training, O(log n) a
-    token when streaming. Sections 1 to 4 and 6 of the specification; paper sections 3.1 to 3.5.
+    token when streaming. Sections 1 to 4 and 6 of the definition (docs/definition.md); paper sections 3.1 to 3.5.
 
     Args:
         embedding: E.
@@ -41,6 +52,68 @@ class LogarithmicMixing(OriginalFace):
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.
     """
+
+    sva: SingleVectorAttention
+    expander: Expander | None
+    summarizer: Callable[[Tensor, Tensor], Tensor]
+    _stream: MemoryState | None
+
+    def __init__(
+        self,
+        embedding: int,
+        heads: int = 1,
+        bank: int = 1,
+        parallelize: bool = True,
+        *,
+        summarizer: str | Callable[[Tensor, Tensor], Tensor] = "linear",
+        expand: int | None = None,
+        init: str = "original",
+        backend: str = "auto",
+        step_backend: str | None = None,
+        lean: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, value in (("embedding", embedding), ("heads", heads), ("bank", bank)):
+            check_positive(name, value)
+        if step_backend is None:
+            step_backend = "reference" if backend == "reference" else "auto"
+        check_name(backend, "backend", "attend")
+        check_name(step_backend, "step_backend", "step")
+        self.embedding = embedding
+        self.heads = heads
+        self.bank = bank
+        self.parallelize = parallelize
+        self.backend = backend
+        self.step_backend = step_backend
+        self.lean = lean
+        self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
+        self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
+        self.expander = None
+        if expand is not None:
+            check_positive("expand", expand, 0)
+            self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
+        self._stream = None
+
+    @property
+    def expand(self) -> int:
+        """k of the expander; 0 without one."""
+        return self.expander.expand if self.expander is not None else 0
+
+    def extra_repr(self) -> str:
+        return (
+            f"embedding={self.embedding}, heads={self.heads}, bank={self.bank}, expand={self.expand}, "
+            f"backend={self.backend!r}, step_backend={self.step_backend!r}, lean={self.lean}"
+        )
+
+    def around(self) -> Around:
+        """What surrounds the mixing, as the modules compute it: nothing here, norms and residuals in a block."""
+        return Around()
+
+    def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
+        """The same as tensors, as `StepWeights` has it: ``block`` and ``eps``; None where only the modules know."""
+        return (), ()
 
     def forward(
         self,
@@ -71,124 +144,133 @@ class LogarithmicMixing(OriginalFace):
             TypeError, ValueError: an argument does not fit; the message names it.
             RuntimeError: the state is exhausted.
         """
-        self._check_input(x)
-        sequences = self._sequences(x, lengths, cu_seqlens, max_length, attention_mask)
+        check_input(self, x)
+        sequences = Sequences.of(x, lengths, cu_seqlens, max_length, attention_mask)
         if not self.parallelize and state is None and not return_state:
-            y, self._stream = self._run(x, sequences, self._stream, True)
+            y, self._stream = parallel.run(self, x, sequences, self._stream, True)
             return y
-        y, new_state = self._run(x, sequences, state, return_state)
-        if not return_state:
-            return y
-        assert new_state is not None
-        return y, new_state
+        y, new_state = parallel.run(self, x, sequences, state, return_state)
+        return y if new_state is None else (y, new_state)
 
     def prefill(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """The layer over a prompt ``x [B, L, E]``, right-padded to ``lengths [B]``: ``(y, state)`` to `step` from."""
-        self._check_input(x)
-        y, state = self._run(x, self._sequences(x, lengths, None, None, None), None, True)
+        check_input(self, x)
+        y, state = parallel.run(self, x, Sequences.of(x, lengths), None, True)
         assert state is not None
         return y, state
 
-    @staticmethod
-    def _sequences(
-        x: Tensor,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_length: int | None,
-        attention_mask: Tensor | None,
-    ) -> Sequences:
-        batch, length = x.shape[:2]
-        masks = {"lengths": lengths, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-        given = {name: value for name, value in masks.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"{', '.join(given)}: expected at most one of them, got {len(given)}")
-        for name, value in given.items():
-            check_tensor(name, value)
-            check_device(name, value, x.device)
-        if max_length is not None:
-            if cu_seqlens is None:
-                raise ValueError(f"max_length: expected None without cu_seqlens, got {max_length!r}")
-            check_positive("max_length", max_length, 0)
-        if lengths is not None:
-            return Sequences.padded(batch, length, lengths)
-        if attention_mask is not None:
-            check_shape("attention_mask", attention_mask, (batch, length), "[batch, length]")
-            return Sequences.masked(attention_mask)
-        if cu_seqlens is not None:
-            if batch != 1:
-                raise ValueError(f"x: expected shape [1, tokens, embedding] with cu_seqlens, got {list(x.shape)}")
-            return Sequences.packed(length, cu_seqlens, max_length)
-        return Sequences.equal(batch, length)
-
-    def _run(
-        self, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
-    ) -> tuple[Tensor, MemoryState | None]:
-        if state is not None:
-            state = self._fit(state, sequences.count, sequences.max_position, x.device)
-        is_token = sequences.is_token()
-        if is_token is None:
-            return self._layer(x, lambda h: self._mix(h, sequences, state, want_state))
-        # Padding is cut off on the way in and on the way out: whatever it holds, NaN included, reaches
-        # neither an output nor, multiplied by a zero gradient, a weight.
-        padding = ~is_token.view(*x.shape[:2], 1)
-        x = x.masked_fill(padding, 0)
-        y, new_state = self._layer(x, lambda h: self._mix(h, sequences, state, want_state))
-        return y.masked_fill(padding, 0), new_state
-
-    def _mix(
-        self, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
-    ) -> tuple[Tensor, MemoryState | None]:
-        flat = x.reshape(-1, self.embedding)
-        flat = under_autocast(flat)
-        token = carried = None
-        if state is not None:
-            sequences = sequences.after(state.position, state.max_position, state.levels)
-            token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
-        nodes = self._nodes(flat, sequences, token, carried)
-        if self.lean and torch.is_grad_enabled():
-            out, node_qv = checkpoint(self._read, flat, nodes, sequences, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out, node_qv = self._read(flat, nodes, sequences)
-        y = self.sva.out_proj(out).view(x.shape)
-        if not want_state:
-            return y, None
-        return y, self._state_after(flat, nodes, node_qv, sequences, state)
-
-    def _read(self, flat: Tensor, nodes: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
-        node_qv = self.sva.node_qv(nodes)
-        token_qkv = self.sva.token_qkv(flat)
-        out, _ = attend(token_qkv, node_qv, self.heads, sequences, expand=self.expand, backend=self.backend)
-        return out, node_qv
-
-    def _state_after(
-        self, flat: Tensor, nodes: Tensor, node_qv: Tensor, sequences: Sequences, state: MemoryState | None
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_position: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> MemoryState:
-        if state is None:
-            levels = level_count(sequences.max_position)
-            dtype = torch.promote_types(self.sva.q.weight.dtype, torch.float32)
-        else:
-            levels, dtype = state.levels, state.nodes.dtype
-        layout = self._layout(sequences, flat.device)
-        _, length, offset, _, _ = layout.tables()
-        row, exists = layout.slots(torch.arange(sequences.count, device=flat.device), offset + length, levels)
+        """An empty state, with room for ``max_position`` tokens (more room is made as it is needed).
 
-        def pick(table: Tensor) -> Tensor:
-            rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
-            return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0).contiguous()
+        Args:
+            batch_size: B.
+            max_position: tokens to make room for at once.
+            dtype: of the nodes; float32 at least where None.
+            device: that of the parameters where None.
+        """
+        weight = self.sva.q.weight
+        check_positive("max_position", max_position, 0)
+        return MemoryState.empty(
+            batch_size,
+            self.embedding,
+            self.bank,
+            expand=self.expand,
+            levels=level_count(max_position),
+            dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
+            device=weight.device if device is None else device,
+        )
 
-        newest, (q, v) = pick(nodes), (pick(half) for half in node_qv.chunk(2, -1))
-        token_row, token_exists = layout.newest_token()
-        # The last row stands for no token.
-        none = flat.new_zeros(1, self.embedding)
-        tokens = torch.cat([flat, none] if state is None else [flat, state.token.to(flat.dtype), none])
-        token = torch.where(token_exists[:, None], tokens.index_select(0, token_row).to(dtype), 0)
-        position = offset + length
-        if state is not None:
-            # What no token changed stays as it was, to the bit.
-            kept = (exists & (row >= layout.carry_base))[..., None, None]
-            newest, q, v = (
-                torch.where(kept, old, new) for old, new in ((state.nodes, newest), (state.q, q), (state.v, v))
-            )
-            token = torch.where((length > 0)[:, None], token, state.token)
-        return MemoryState(position, token, newest, q, v, self.expand, levels, sequences.max_position)
+    def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """One token a row: ``x_t [B, 1, E]`` → ``y_t [B, 1, E]`` and the new state (section 3).
+
+        The old state stays as it was. Differentiable in x_t, the parameters and the state.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: the state is exhausted.
+        """
+        return sequential.step(self, x_t, state)
+
+    def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None = None) -> Tensor:
+        """T tokens a row, ``x [B, T, E]`` → ``y [B, T, E]``, into a pool of states, in place; for serving.
+
+        No gradients are recorded. The extension reads positions on their device alone: with it (on CUDA:
+        ``step_backend="cpp"``) a step can be captured in a CUDA graph and replayed.
+
+        Args:
+            x: the tokens.
+            state: P slots with room for them: ``init_state(P, max_position=…)``.
+            slots: ``[B]`` int32 or int64: the slot of each row, distinct, or -1 for a row that takes no part;
+                None for row b in slot b.
+
+        Returns:
+            ``y``; 0 for rows whose slot is -1.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+            RuntimeError: a row has no room for its tokens (CUDA: its output is NaN instead).
+        """
+        return sequential.step_(self, x, state, slots)
+
+    def step_weights(self) -> StepWeights:
+        """The layer as `decode_` and `update_` take it: its own parameters, nothing copied.
+
+        Raises:
+            TypeError: the summarizer is a callable of the user's, which has no weights, or a part of the block
+                is not of the kind that it was made with.
+        """
+        return sequential.step_weights(self)
+
+    def reset(self) -> None:
+        """Forget what ``sequential`` and ``forward`` with ``parallelize=False`` have seen."""
+        self._stream = None
+
+    @property
+    def ptr(self) -> int:
+        """Tokens that the layer's own memory has seen; with ``lengths``, what a full row would have seen."""
+        return 0 if self._stream is None else self._stream.max_position
+
+    @property
+    def memory(self) -> list[Tensor] | None:
+        """The layer's own memory, newest node of each level: ``[B, m, 1, E]``; with an expander ``[B, h, m, 1, E]``."""
+        return None if self._stream is None else original.stacks(self, self._stream)
+
+    def parallel(self, x: Tensor) -> Tensor:
+        """The memory tensor of section 2 for ``x [B, L, E]``: ``[B, L, S, E]``, zeros where nothing is yet.
+
+        Of size B·L·log L·E: for inspection, and for code written for the original. `forward` needs none.
+        """
+        return original.memory_of(self, x)
+
+    def sequential(self, x_t: Tensor) -> Tensor:
+        """Take one token ``x_t [B, 1, E]`` into the layer's own memory and return its slots ``[B, 1, S, E]``."""
+        slots, self._stream = original.take(self, x_t, self._stream)
+        return slots
+
+    def attention(self, memory: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Attention over a memory tensor ``[B, L, S, E]`` as `parallel` and `sequential` return it.
+
+        Which slots hold something follows from the position, not from zeros in them: row t of several is
+        position t+1, and of a single row every slot counts. ``positions`` (``[L]`` or ``[B, L]``) says
+        otherwise.
+        """
+        return original.attend_memory(self, memory, positions)
+
+    # A plan of steps holds on to the parameters, and so would stop a swap of them.
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.__dict__.pop("_plan", None)
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.__dict__.pop("_plan", None)
+        super()._load_from_state_dict(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}

@@ -6,15 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from python_ref.step import Linear
+
 
 def parameter(module: Any, name: str) -> Tensor:
     """``module.<name>``: a parameter, or what a parametrization makes of it."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    found: Tensor | None = module._parameters.get(name)
+    if found is None:
+        found = getattr(module, name)
+    assert found is not None
+    return found
 
 
-def weight_and_bias(module: Any) -> tuple[Tensor, Tensor]:
-    return parameter(module, "weight"), parameter(module, "bias")
+def weight_and_bias(module: Any) -> Linear:
+    return Linear(parameter(module, "weight"), parameter(module, "bias"))
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:

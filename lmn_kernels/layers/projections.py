@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from python_ref.checks import check_float, check_shape
+from python_ref.step import Linear
 
-from .parameters import is_plain_linear
+from .parameters import is_plain_linear, weight_and_bias
 
 
 class SingleVectorAttention(nn.Module):
@@ -27,7 +27,9 @@ class SingleVectorAttention(nn.Module):
     v: nn.Linear
     out_proj: nn.Linear
 
-    def __init__(self, embedding: int, heads: int, device=None, dtype=None):
+    def __init__(
+        self, embedding: int, heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         if embedding % heads:
             raise ValueError(f"heads: expected a divisor of embedding={embedding}, got {heads}")
@@ -48,18 +50,10 @@ class SingleVectorAttention(nn.Module):
         """Whether weight and bias are all there is to the output projection, the only part that is called."""
         return is_plain_linear(self._modules["out_proj"])
 
-    def step_tensors(self) -> tuple[Tensor, ...]:
+    def step_tensors(self) -> tuple[Linear, Linear, Linear, Linear]:
         """Weight and bias of q, k, v and out_proj."""
-        modules: Any = self._modules
-        q, k, v, out = modules["q"], modules["k"], modules["v"], modules["out_proj"]
-        try:
-            # Not by attribute: Module.__getattr__ takes as long as the arithmetic of a small layer.
-            a, b, c, d = q._parameters, k._parameters, v._parameters, out._parameters
-            return (
-                a["weight"], a["bias"], b["weight"], b["bias"], c["weight"], c["bias"], d["weight"], d["bias"],
-            )  # fmt: skip
-        except KeyError:  # a parametrization makes it
-            return tuple(tensor for layer in (q, k, v, out) for tensor in (layer.weight, layer.bias))
+        q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
+        return q, k, v, out
 
     @staticmethod
     def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
@@ -84,4 +78,5 @@ class SingleVectorAttention(nn.Module):
             score = score.masked_fill(~valid[..., None], -math.inf)
         weight = torch.softmax(score, 2)
         mixed = torch.einsum("blsh,blshd->blhd", weight, qv[:, :, :, 1])
-        return self.out_proj(mixed.flatten(2))
+        y: Tensor = self.out_proj(mixed.flatten(2))
+        return y

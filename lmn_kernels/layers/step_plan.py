@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..ops.step import StepWeights
+from python_ref.step import StepWeights
+
 from ..states.memory import MemoryState
 
 _new, _set = object.__new__, object.__setattr__
@@ -88,6 +89,6 @@ class StepPlan:
         return y, new
 
     def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
-        y = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)
+        y: Tensor = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)
         state.note_tokens(x.shape[1])
         return y

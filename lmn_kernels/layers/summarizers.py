@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
 from .parameters import parameter, weight_and_bias
@@ -18,15 +20,13 @@ INITS = ("original", "variance_preserving")
 class LinearMapSummarizer(nn.Module):
     """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
-        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight, bias, and a scale.
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
+        """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight and bias, and a scale.
 
         What a subclass does not give from its parameters as they lie is copied for every step.
         """
         weight, bias, scale = self.merge()
-        if scale is None:
-            return "linear", (weight[:, 0], bias)
-        return "separable", (weight[:, 0], bias, scale)
+        return "linear" if scale is None else "separable", Linear(weight[:, 0], bias), scale
 
     def merge(self) -> LinearMerge:
         """The map as the operations take it."""
@@ -45,7 +45,14 @@ class Summarizer(LinearMapSummarizer):
         weight: ``[m, 2E, E]``. bias: ``[m, 1, E]``.
     """
 
-    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(bank, 2 * embedding, embedding, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(bank, 1, embedding, device=device, dtype=dtype))
@@ -65,10 +72,10 @@ class Summarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias[:, 0], None)
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not Summarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "linear", weight_and_bias(self)
+        return "linear", weight_and_bias(self), None
 
 
 class ConvSummarizer(LinearMapSummarizer):
@@ -77,7 +84,15 @@ class ConvSummarizer(LinearMapSummarizer):
     ``groups = m`` keeps the banks apart; ``groups = 1`` mixes them.
     """
 
-    def __init__(self, embedding: int, bank: int, groups: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        groups: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         size = bank * embedding
         self.conv = nn.Conv1d(size, size, kernel_size=2, stride=2, groups=groups, device=device, dtype=dtype)
@@ -92,10 +107,10 @@ class ConvSummarizer(LinearMapSummarizer):
         weight = self.conv.weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
         return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not ConvSummarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "pair", weight_and_bias(self._modules["conv"])
+        return "pair", weight_and_bias(self._modules["conv"]), None
 
 
 class DepthwiseSeparableSummarizer(LinearMapSummarizer):
@@ -105,7 +120,14 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         scale: ``[2, m, E]``, a and b. weight: P ``[m, E, E]``. bias: c ``[m, E]``.
     """
 
-    def __init__(self, embedding: int, bank: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        bank: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(2, bank, embedding, device=device, dtype=dtype))
         self.weight = nn.Parameter(torch.empty(bank, embedding, embedding, device=device, dtype=dtype))
@@ -131,16 +153,23 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
     def merge(self) -> LinearMerge:
         return LinearMerge(self.weight[:, None], self.bias, self.scale)
 
-    def step_form(self) -> tuple[str, tuple[Tensor, ...]]:
+    def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not DepthwiseSeparableSummarizer.merge:
             return super().step_form()  # a subclass knows better
-        return "separable", (*weight_and_bias(self), parameter(self, "scale"))
+        return "separable", weight_and_bias(self), parameter(self, "scale")
 
 
 class Expander(nn.Module):
     """One ``ConvTranspose1d(E, E, 1+k)`` along the stack of a node, before it merges (section 6)."""
 
-    def __init__(self, embedding: int, expand: int, init: str, device=None, dtype=None):
+    def __init__(
+        self,
+        embedding: int,
+        expand: int,
+        init: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.expand = expand
         self.conv_transpose = nn.ConvTranspose1d(
@@ -156,7 +185,7 @@ class Expander(nn.Module):
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
         return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
 
-    def step_tensors(self) -> tuple[Tensor, Tensor]:
+    def step_tensors(self) -> Linear:
         """Weight and bias of the convolution."""
         return weight_and_bias(self._modules["conv_transpose"])
 
@@ -174,7 +203,12 @@ class Expander(nn.Module):
 
 
 def make_summarizer(
-    kind: str | Callable[[Tensor, Tensor], Tensor], embedding: int, bank: int, init: str, device=None, dtype=None
+    kind: str | Callable[[Tensor, Tensor], Tensor],
+    embedding: int,
+    bank: int,
+    init: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The summarizer of a name of section 6, or the callable itself.
 
@@ -184,7 +218,7 @@ def make_summarizer(
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-    factory = {"device": device, "dtype": dtype}
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
     if not isinstance(kind, str):
         if not callable(kind):
             raise TypeError(f"summarizer: expected a name or a callable (left, right) → node, got {kind!r}")

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from python_ref import step as reference
 from python_ref.checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
+from python_ref.step import StepWeights, Weights
 
 from ..backend import env
-from ..backend.choice import resolve, wanted
+from ..backend.choice import declare, resolve, wanted
 from ..states.memory import MemoryState
-from .library import _OPS, STEP_REFERENCE
-
-
-class StepWeights(NamedTuple):
-    """A mixing layer as the step takes it: its parameters as they lie; see `LogarithmicMixing.step_weights`.
-
-    Attributes:
-        tensors: weight and bias of q, k, v and out_proj, ``[E, E]`` and ``[E]`` each; the summarizer's weight
-            and bias; the scale of a separable one; weight ``[E, E, 1+k]`` and bias ``[E]`` of an expander.
-        summarizer: how the summarizer's weight lies: ``"linear"`` ``[G, 2C, C]``, ``"pair"`` ``[G·C, C, 2]``
-            or ``"separable"`` ``[G, C, C]`` with a scale ``[2, G, C]``, for G groups of C = m·E/G features.
-        heads: H.
-        expand: k of the expander, 0 without one.
-        block: what a block puts around the mixing (section 5): nothing; the weight ``[E]`` of the RMSNorm
-            before it, and x is added behind it; or also that of the feed-forward's RMSNorm and its weights
-            and biases, ``[F, E] [F] [E, F] [E]``, SiLU in between.
-        eps: of each norm.
-    """
-
-    tensors: tuple[Tensor, ...]
-    summarizer: str
-    heads: int
-    expand: int
-    block: tuple[Tensor, ...] = ()
-    eps: tuple[float, ...] = ()
+from .library import OPS, register
 
 
 def keeps(device_type: str, dtype: torch.dtype, state_dtype: torch.dtype) -> bool:
@@ -81,16 +60,16 @@ def decode_(
     Returns:
         ``[B, T, E]`` in the dtype of x: the mixing layer's output, or the block's; 0 for rows whose slot is -1.
     """
-    return _run("decode_", x, state, weights, slots, backend)
+    y: Tensor = _run("decode_", x, state, weights, slots, backend)
+    return y
 
 
 def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | None, backend: str) -> Any:
     check_tensor("x", x)
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    tensors, summarizer, heads, expand, block, eps = weights
-    if state.expand != expand:
-        raise ValueError(f"state: expected one with expand={expand}, got {state.expand}")
+    if state.expand != weights.expand:
+        raise ValueError(f"state: expected one with expand={weights.expand}, got {state.expand}")
     if slots is not None:
         # Before the dispatcher: of a device without values (meta) it would run nothing, and say nothing.
         check_tensor("slots", slots)
@@ -99,13 +78,12 @@ def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: 
     unfit = asked == "auto" and not keeps(x.device.type, x.dtype, state.token.dtype)
     if unfit or resolve(backend, "step", x.device, x.dtype) == "reference":
         _check(x, state, weights, slots)
-        run = STEP_REFERENCE[name]
+        run = _REFERENCE[name]
     else:
         if x.is_cuda and env.debug():
             _check_rows(x, state, slots)
-        run = getattr(_OPS, name).default  # checks for itself, as nothing here would be cheap beside it
-    parts = (state.position, state.token, state.nodes, state.q, state.v)
-    y = run(x, slots, *parts, tensors, summarizer, heads, expand, block, eps)
+        run = getattr(OPS, name).default  # checks for itself, as nothing here would be cheap beside it
+    y = run(x, slots, *state.slots(), *weights)
     state.note_tokens(x.shape[1])
     return y
 
@@ -114,19 +92,16 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
     """What csrc/register.cpp checks, for the reference."""
     check_float("x", x)
     check_shape("x", x, (None, None, None), "[batch, tokens, embedding]")
-    size = x.shape[2]
-    pool, bank = state.batch_size, state.nodes.shape[2]
-    state.check_for(pool, size, bank, weights.expand, x.device)
-    for index, tensor in enumerate((*weights.tensors, *weights.block)):
-        check_float(f"weights[{index}]", tensor, x.dtype)
-        check_device(f"weights[{index}]", tensor, x.device)
-    _check_merge(weights, size, bank)
-    _check_block(weights, size)
-    for index in range(0, 8, 2):
-        check_shape(f"weights[{index}]", weights.tensors[index], (size, size), "[embedding, embedding]")
-        check_shape(f"weights[{index + 1}]", weights.tensors[index + 1], (size,), "[embedding]")
+    size, bank = x.shape[2], state.nodes.shape[2]
+    state.check_for(state.batch_size, size, bank, weights.expand, x.device)
+    named = weights.named()
+    for name, tensor in (*_mixing(named), *_block(weights)):
+        check_float(name, tensor, x.dtype)
+        check_device(name, tensor, x.device)
     if weights.heads < 1 or size % weights.heads:
         raise ValueError(f"heads: expected a divisor of embedding={size}, got {weights.heads}")
+    _check_mixing(named, weights, size, bank)
+    _check_block(weights, size)
     _check_rows(x, state, slots)
 
 
@@ -158,40 +133,98 @@ def _check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
             )
 
 
-def _check_merge(weights: StepWeights, size: int, bank: int) -> None:
-    """The summarizer's tensors and the expander's, as `StepWeights` has them."""
-    kind, tensors, features = weights.summarizer, weights.tensors, bank * size
-    if kind not in ("linear", "pair", "separable"):
-        raise ValueError(f"summarizer: expected linear, pair or separable, got {kind!r}")
-    plain = 11 if kind == "separable" else 10
-    if len(tensors) not in (plain, plain + 2):
-        raise ValueError(f"weights: expected {plain} or {plain + 2} tensors, got {len(tensors)}")
-    check_shape("summarizer.weight", tensors[8], (None, None, None))
-    groups = features // max(tensors[8].shape[1], 1) if kind == "pair" else tensors[8].shape[0]
+def _mixing(named: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a mixing layer and what it is called in a message."""
+    projections = {"q": named.q, "k": named.k, "v": named.v, "out_proj": named.out, "summarizer": named.summarizer}
+    for name, pair in (projections | ({} if named.expander is None else {"expander": named.expander})).items():
+        yield f"{name}.weight", pair.weight
+        yield f"{name}.bias", pair.bias
+    if named.scale is not None:
+        yield "summarizer.scale", named.scale
+
+
+def _check_mixing(named: Weights, weights: StepWeights, size: int, bank: int) -> None:
+    features, (weight, _) = bank * size, named.summarizer
+    check_shape("summarizer.weight", weight, (None, None, None))
+    pair = weights.summarizer == "pair"
+    groups = features // max(weight.shape[1], 1) if pair else weight.shape[0]
     if groups < 1 or bank % groups:
-        raise ValueError(f"summarizer.weight: expected a divisor of bank={bank} groups, got {list(tensors[8].shape)}")
+        raise ValueError(f"summarizer.weight: expected a divisor of bank={bank} groups, got {list(weight.shape)}")
     c = features // groups
-    shapes = {"linear": (groups, 2 * c, c), "pair": (features, c, 2), "separable": (groups, c, c)}
-    check_shape("summarizer.weight", tensors[8], shapes[kind])
-    for name, tensor, count in zip(("bias", "scale"), tensors[9:plain], (features, 2 * features), strict=False):
-        if tensor.numel() != count:
-            raise ValueError(f"summarizer.{name}: expected {count} elements, got shape {list(tensor.shape)}")
-    if len(tensors) > plain:
-        check_shape("expander.weight", tensors[plain], (size, size, 1 + weights.expand))
-        check_shape("expander.bias", tensors[plain + 1], (size,))
-    elif weights.expand:
+    shapes: dict[str, tuple[int, ...]] = {
+        "summarizer.weight": (features, c, 2) if pair else (groups, c if named.scale is not None else 2 * c, c),
+        "expander.weight": (size, size, 1 + weights.expand),
+        "expander.bias": (size,),
+    }
+    for name in ("q", "k", "v", "out_proj"):
+        shapes |= {f"{name}.weight": (size, size), f"{name}.bias": (size,)}
+    counts = {"summarizer.bias": features, "summarizer.scale": 2 * features}  # of any shape
+    for name, tensor in _mixing(named):
+        if name in shapes:
+            check_shape(name, tensor, shapes[name])
+        elif tensor.numel() != counts[name]:
+            raise ValueError(f"{name}: expected {counts[name]} elements, got shape {list(tensor.shape)}")
+    if named.expander is None and weights.expand:
         raise ValueError(f"expand: expected 0 without an expander, got {weights.expand}")
 
 
+def _block(weights: StepWeights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of what stands around the mixing and what it is called in a message."""
+    names = ("norm1.weight", "norm2.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    return zip(names, weights.block, strict=False)
+
+
 def _check_block(weights: StepWeights, size: int) -> None:
-    """What stands around the mixing, as `StepWeights` has it."""
     block, eps = weights.block, weights.eps
     if len(block) not in (0, 1, 6):
         raise ValueError(f"block: expected 0, 1 or 6 tensors, got {len(block)}")
     if len(eps) != min(len(block), 2):
         raise ValueError(f"eps: expected {min(len(block), 2)} numbers, got {len(eps)}")
     width = block[2].shape[0] if len(block) == 6 and block[2].dim() else 0
-    names = ("norm1.weight", "norm2.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     shapes = ((size,), (size,), (width, size), (width,), (size, width), (size,))
-    for name, tensor, shape in zip(names, block, shapes, strict=False):
+    for (name, tensor), shape in zip(_block(weights), shapes, strict=False):
         check_shape(name, tensor, shape)
+
+
+# One token or several of each row into a pool of states (python_ref.step). No gradients.
+_WEIGHTS = "Tensor[] weights, str summarizer, int heads, int expand, Tensor[] block, float[] eps"
+_SLOTS = ", ".join(f"Tensor({mark}!) {name}" for mark, name in zip("abcde", reference.Slots._fields, strict=True))
+_STATE = ", ".join(f"Tensor {name}" for name in reference.Slots._fields)
+_PARTS = len(reference.Slots._fields)
+
+
+def _take(attends: bool, x: Tensor, slots: Tensor | None, given: tuple[Any, ...]) -> Tensor:
+    state, weights = reference.Slots(*given[:_PARTS]), StepWeights(*given[_PARTS:])
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, *state[1:], *weights.tensors, *weights.block)
+    ):
+        raise RuntimeError("the step's operations record no gradients: call them under torch.no_grad()")
+    return reference.run_(x, slots, state, weights, attends)
+
+
+def _update(x: Tensor, slots: Tensor | None, *given: Any) -> None:
+    _take(False, x, slots, given)
+
+
+def _decode(x: Tensor, slots: Tensor | None, *given: Any) -> Tensor:
+    return _take(True, x, slots, given)
+
+
+def _step(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    state = [part.clone(memory_format=torch.contiguous_format) for part in given[:_PARTS]]
+    return (_decode(x, None, *state, *given[_PARTS:]), *state)
+
+
+declare("step", "cpp")
+# By name, also where the extension has taken the reference's place.
+_REFERENCE = {
+    "update_": register(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> ()", _update, lambda x, *_: None),
+    "decode_": register(
+        f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> Tensor", _decode, lambda x, *_: x.new_empty(x.shape)
+    ),
+}
+register(
+    f"step(Tensor x, {_STATE}, {_WEIGHTS}) -> ({', '.join(['Tensor'] * (1 + _PARTS))})",
+    _step,
+    lambda *given: tuple(part.new_empty(part.shape) for part in given[: 1 + _PARTS]),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from python_ref.checks import (
 from . import files
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LookAheadState:
     """The memory of B streams, M rows each, oldest first (LaMemo, section 1).
 
@@ -47,6 +48,14 @@ class LookAheadState:
     start: Tensor
     tokens: int
     is_even: bool
+
+    def __repr__(self) -> str:
+        kept = self.inputs[0]
+        return (
+            f"LookAheadState(batch_size={self.batch_size}, length={self.length}, embedding={kept.shape[2]}, "
+            f"inputs={len(self.inputs)}, outputs={len(self.outputs)}, tokens={self.tokens}, is_even={self.is_even}, "
+            f"{kept.dtype}, {kept.device})"
+        )
 
     @property
     def batch_size(self) -> int:
@@ -173,7 +182,7 @@ class LookAheadState:
             ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
         """
 
-        def build(sizes: dict, tensor: Callable[[str], Tensor]) -> LookAheadState:
+        def build(sizes: dict[str, Any], tensor: Callable[[str], Tensor]) -> LookAheadState:
             named = {name: tensor(name) for name in sizes["tensors"]}
             return cls.from_tensors(named, sizes["tokens"], sizes["is_even"])
 

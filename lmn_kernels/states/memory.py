@@ -24,10 +24,9 @@ from python_ref.step import Slots, valid_rows
 from . import files
 
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
-_TENSORS = ("position", "token", "nodes", "q", "v")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MemoryState:
     """What a layer remembers of B sequences, each at its own position (specification, section 3).
 
@@ -78,6 +77,13 @@ class MemoryState:
         token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
         return cls(position, token, nodes, q, v, expand, levels, 0)
 
+    def __repr__(self) -> str:
+        rows, _, bank, size = self.nodes.shape
+        return (
+            f"MemoryState(batch_size={rows}, embedding={size}, bank={bank}, expand={self.expand}, "
+            f"levels={self.levels}, max_position={self.max_position}, {self.nodes.dtype}, {self.nodes.device})"
+        )
+
     @property
     def batch_size(self) -> int:
         return self.position.shape[0]
@@ -85,7 +91,7 @@ class MemoryState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.slots())
 
     @property
     def capacity(self) -> int:
@@ -162,7 +168,7 @@ class MemoryState:
                 state has room for.
             RuntimeError: this state is part of a graph; detach it first.
         """
-        if any(tensor.requires_grad for tensor in self._tensors()):
+        if any(tensor.requires_grad for tensor in self.slots()):
             raise RuntimeError("state: expected one outside of any graph to restore into, got one that requires grad")
         if not isinstance(snapshot, MemoryState):
             raise TypeError(f"snapshot: expected a MemoryState, got {type(snapshot).__name__}")
@@ -177,11 +183,11 @@ class MemoryState:
             check_ids("rows", rows, tuple(rows.shape), 0, self.batch_size - 1)
             check_device("rows", rows, self.position.device)
             count = len(rows)
-        for name, own, kept in zip(_TENSORS, self._tensors(), snapshot._tensors(), strict=True):
+        for name, own, kept in zip(Slots._fields, self.slots(), snapshot.slots(), strict=True):
             check_shape(f"snapshot.{name}", kept, (count, *own.shape[1:]))
             check_device(f"snapshot.{name}", kept, own.device)
         with torch.no_grad():
-            for own, kept in zip(self._tensors(), snapshot._tensors(), strict=True):
+            for own, kept in zip(self.slots(), snapshot.slots(), strict=True):
                 if rows is None:
                     own.copy_(kept)
                 else:
@@ -206,24 +212,21 @@ class MemoryState:
         rows = state_rows(self.levels, expand)
         check_shape("state.position", self.position, (batch_size,), "[batch]")
         check_shape("state.token", self.token, (batch_size, embedding), "[batch, embedding]")
+        shape = (batch_size, rows, bank, embedding)
         for name in ("nodes", "q", "v"):
-            check_shape(
-                f"state.{name}",
-                getattr(self, name),
-                (batch_size, rows, bank, embedding),
-                "[batch, rows, bank, embedding]",
-            )
+            check_shape(f"state.{name}", getattr(self, name), shape, "[batch, rows, bank, embedding]")
         check_device("state", self.nodes, device)
 
     def slots(self) -> Slots:
         """The tensors, as the reference takes them."""
         return Slots(self.position, self.token, self.nodes, self.q, self.v)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.slots()
+    def advanced(self, slots: Slots, tokens: int = 1) -> MemoryState:
+        """These tensors in place of the state's, after ``tokens`` more tokens for which there is room."""
+        return MemoryState(*slots, self.expand, self.levels, self.max_position + tokens)
 
-    def _map(self, function) -> MemoryState:
-        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
+        return self.advanced(Slots(*map(function, self.slots())), 0)
 
 
 def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
@@ -238,7 +241,7 @@ def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> 
         if not isinstance(state, MemoryState):
             raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
     sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
-    tensors = {f"{layer}.{name}": getattr(state, name) for layer, state in enumerate(states) for name in _TENSORS}
+    tensors = {f"{n}.{name}": part for n, state in enumerate(states) for name, part in state.slots()._asdict().items()}
     files.save(path, "states", tensors, sizes)
 
 
@@ -253,7 +256,7 @@ def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu"
 
     def build(sizes: list[dict[str, int]], tensor: Callable[[str], Tensor]) -> list[MemoryState]:
         return [
-            MemoryState(*(tensor(f"{layer}.{name}") for name in _TENSORS), **size)  # type: ignore[arg-type]
+            MemoryState(**{name: tensor(f"{layer}.{name}") for name in Slots._fields}, **size)  # type: ignore[arg-type]
             for layer, size in enumerate(sizes)
         ]
 

@@ -14,8 +14,6 @@ from bench.lm import train_lm
 from bench.lm.models import GPT2, MODELS, RECURRENT, LanguageModel, Recurrent, build
 from bench.lm.settings import resolve
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -47,7 +47,6 @@ def problem(operation: str, shape: LookAheadShape = SHAPE, dtype: torch.dtype = 
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(Ceilings, "measure", lambda *_: Ceilings(1e10, 1e10))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from bench import __main__ as bench
 from bench.contenders.providers import REGISTRY
@@ -17,14 +16,12 @@ CHEAP = ("ours", "materialised", "sdpa-flash", "LSTM")
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
     monkeypatch.setattr(kernels, "QUICK_SHAPES", [Shape("quick", 1, 64, 16, 2, 1)])
     for operation, found in REGISTRY.items():
         monkeypatch.setitem(REGISTRY, operation, {name: one for name, one in found.items() if name in CHEAP})
     for module in (scaling, memory):
         monkeypatch.setattr(module, "PROVIDERS", CHEAP)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 @pytest.mark.parametrize("run, count", [("kernels", 18), ("scaling", 24), ("memory", 16)])

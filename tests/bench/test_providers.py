@@ -36,7 +36,6 @@ def compared(operation: str, names, shape: Shape = SHAPE, limits: Limits = LIMIT
 
 @pytest.fixture(autouse=True)
 def _cheap():
-    torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
 

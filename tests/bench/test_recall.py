@@ -22,9 +22,6 @@ TASK = Task(keys=6, values=5, fillers=3, pairs=3)
 TINY = recall.Plan(steps=4, tokens=64, shortest=2, longest=3, tests=(4, 4), embedding=8, queries=6)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def _training(seed: int = 0, count: int = 40, length: int = 100) -> Streams:
     return training_streams(TASK, np.random.default_rng(seed), count, length, 12)
 

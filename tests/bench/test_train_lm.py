@@ -28,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = "--embedding 8 --heads 2 --layers 2 --block 12 --batch 4 --eval-every 2 --eval-batches 2 --save-every 2".split()
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"

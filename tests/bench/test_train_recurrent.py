@@ -31,8 +31,6 @@ TINY = "--embedding 8 --heads 2 --layers 2 --block 12 --batch 4 --eval-every 3 -
 # Of 4 streams of 67 characters: 5 segments of 12, and a validation split of 4 times 7 characters.
 SEGMENTS = 5
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
         "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
         allow_module_level=True,
@@ -24,11 +25,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients, error  # noqa: E402
 from lmn_kernels._triton import attention, tree  # noqa: E402
+from lmn_kernels._triton.launch import KERNELS, LAUNCHES, launch_for  # noqa: E402
 from python_ref import attention as ref_attention  # noqa: E402
 from python_ref import tree as ref_tree  # noqa: E402
 from python_ref.layout import Layout, stack_height  # noqa: E402
 from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
+
+pytestmark = [pytest.mark.interpret] if INTERPRETED else []
 
 
 class AttendCase(NamedTuple):
@@ -42,21 +46,15 @@ class AttendCase(NamedTuple):
 def attend_cases(place: Place) -> list[AttendCase]:
     found = []
     for dtype in DTYPES:
-        single = dtype == torch.float32
-        forward, backward = (
-            (attention.FORWARD_FLOAT32, attention.BACKWARD_FLOAT32)
-            if single
-            else (attention.FORWARD, attention.BACKWARD)
-        )
-        found += [AttendCase(dtype, width) for width in sorted({*forward, *backward})]
+        widths = {*LAUNCHES.widths("attend_fwd", dtype), *LAUNCHES.widths("attend_bwd", dtype)}
+        found += [AttendCase(dtype, width) for width in sorted(widths)]
     return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if place.quick else found
 
 
 def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Errors of the forward and the backward in the configuration of ``given``, over three layouts."""
     dtype, width = given
-    forward = attention.default_config("forward", width, dtype)
-    backward = attention.default_config("backward", width, dtype)
+    forward, backward = (launch_for(name, width, dtype, device) for name in ("attend_fwd", "attend_bwd"))
     values, gradients = TOLERANCE[dtype]
     for form, expand in (("equal", 0), ("packed", 0), ("continued", 1)):
         sequences = sequences_of(form, length, device)
@@ -68,10 +66,10 @@ def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterat
         exact = token_qkv.double(), node_qv.double()
         expected, expected_lse = ref_attention.attend(*exact, heads, layout)
         want = ref_attention.attend_backward(grad.double(), *exact, expected, expected_lse, heads, layout)
-        out, lse = attention.attend(token_qkv, node_qv, heads, layout, config=forward)
+        out, lse = attention.attend(token_qkv, node_qv, heads, layout, launch=forward)
         assert_close(f"{form} out", out, expected, values)
         assert_close(f"{form} lse", lse, expected_lse, TOLERANCE[torch.float32][0])
-        got = attention.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout, config=backward)
+        got = attention.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout, launch=backward)
         for name, g, w in zip(("d_token_qkv", "d_node_qv"), got, want, strict=True):
             assert_close(f"{form} {name}", g, w, gradients)
             yield f"{form} {name}", error(g, w)
@@ -97,15 +95,26 @@ LAUNCH_SIZES = {"level": ALL_SIZES, "tail": ALL_SIZES, "block": BLOCK_SIZES, "we
 TAIL_ELEMENTS = {"level": 0, "library": 0, "tail": 1 << 62}
 
 
+def launches_of(kind: str) -> tuple[str, ...]:
+    """Names of a kind of launch in the table of launches."""
+    return ("tree_bwd_weight",) if kind == "weight" else (f"tree_{kind}_fwd", f"tree_{kind}_bwd")
+
+
 def tree_cases(place: Place) -> list[TreeCase]:
     """Every table entry in every dtype with the plain summarizer, and every other summarizer at E = 64.
 
     Raises:
         AssertionError: the tables have entries that this list does not know of.
     """
-    listed = {kind: len(tilings) for kind, tilings in tree.configs().items()}
-    expected = {kind: 2 * len(sizes) for kind, sizes in LAUNCH_SIZES.items()}
-    assert listed == expected, f"the tree has configurations {listed}, this check runs {expected}"
+    names = [name for name in KERNELS if name.startswith("tree_")]
+    listed = {(name, dtype): LAUNCHES.widths(name, dtype) for name in names for dtype in DTYPES}
+    expected = {
+        (name, dtype): list(sizes)
+        for kind, sizes in LAUNCH_SIZES.items()
+        for name in launches_of(kind)
+        for dtype in DTYPES
+    }
+    assert listed == expected, f"the tree has launches {listed}, this check runs {expected}"
     # The weight kernel runs in every backward pass but those that the matrix library serves whole.
     found = [
         TreeCase(launch, dtype, size, form, "linear")
@@ -152,14 +161,13 @@ def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[t
     want = ref_tree.build_tree_backward(grad.double(), x.double(), expected, exact, past[0], layout)
 
     used: set[str] = set()
-    config = tree.config
 
-    def watched(kind: str, *args: Any, **options: Any) -> Any:
-        used.add(kind)
-        return config(kind, *args, **options)
+    def watched(kernel: str, *args: Any) -> Any:
+        used.add(kernel)
+        return launch_for(kernel, *args)
 
     elements = TAIL_ELEMENTS.get(launch, tree.TAIL_ELEMENTS)
-    with mock.patch.object(tree, "config", watched), mock.patch.object(tree, "TAIL_ELEMENTS", elements):
+    with mock.patch.object(tree, "launch_for", watched), mock.patch.object(tree, "TAIL_ELEMENTS", elements):
         nodes = tree.build_tree(x, merge, bank, token, carried, layout)
         got = tree.build_tree_backward(grad, x, nodes, merge, token, layout)
     values, gradients = TOLERANCE[dtype]
@@ -168,7 +176,7 @@ def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[t
     given_names = [name for name, w in zip(names, want, strict=True) if w is not None]
     got_grads, want_grads = ([g for g in grads if g is not None] for grads in (got, want))
     assert_same_gradients(given_names, got_grads, want_grads, gradients)
-    wanted = set() if launch == "library" else {launch, "weight"}
+    wanted = set() if launch == "library" else {*launches_of(launch), "tree_bwd_weight"}
     assert wanted <= used, f"expected launches {sorted(wanted)}, got {sorted(used)}"
     yield "nodes", error(nodes[:, real], expected[:, real])
     yield "gradients", max(error(g, w) for g, w in zip(got_grads, want_grads, strict=True))

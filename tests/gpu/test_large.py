@@ -54,7 +54,7 @@ def test_a_large_tree(place, case):
     def grown(sequences: Sequences) -> tuple[Tensor, Tensor]:
         layout, rows = layout_of(sequences, 0, device), x[-sequences.tokens :]
         nodes = tree.build_tree(rows, merge, 1, None, None, layout)
-        level = nodes[0, layout.level_slice(1)].repeat_interleave(2, 0)
+        level = nodes[0, layout.level_rows[1]].repeat_interleave(2, 0)
         return level, tree.build_tree_backward(nodes, rows, nodes, merge, None, layout)[0]
 
     assert_last(grown(Sequences.equal(count, length)), grown(Sequences.equal(1, length)), length)
@@ -77,7 +77,7 @@ def test_a_large_attention(place, case):
     layout, own = (layout_of(Sequences.equal(n, length), 0, device) for n in (count, 1))
     nodes = torch.zeros(1, own.rows, 2 * size, dtype=BF16, device=device)
     for level in range(1, own.levels + 1):
-        nodes[:, own.level_slice(level)] = node_qv[:, layout.level_slice(level)][:, -own.level_nodes[level] :]
+        nodes[:, own.level_rows[level]] = node_qv[:, layout.level_rows[level]][:, -own.level_nodes[level] :]
     alone = attended(Sequences.equal(1, length), nodes)
     assert_last(attended(Sequences.equal(count, length), node_qv), alone, length)
 

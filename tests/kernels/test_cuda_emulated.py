@@ -17,6 +17,7 @@ COMPILER = shutil.which("g++")
 
 pytestmark = [
     pytest.mark.ext,
+    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux"),
     pytest.mark.skipif(
         not Path(sysconfig.get_paths()["include"], "Python.h").exists(), reason="needs the headers of this Python"
@@ -36,7 +37,6 @@ from bench.close import TOLERANCE, assert_close
 from tests.support.variants import VARIANTS, Variant
 
 assert lmn_kernels.__file__.startswith(sys.argv[1]), lmn_kernels.__file__
-torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 

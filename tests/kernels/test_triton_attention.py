@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lmn_kernels import Sequences  # noqa: E402
 from lmn_kernels._triton import attention as kernels  # noqa: E402
 from python_ref import attention as reference  # noqa: E402
 from python_ref.layout import Layout, level_count  # noqa: E402
+from tests.support.launches import every_launch  # noqa: E402
 
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
@@ -60,8 +62,7 @@ CASES = {
 def inputs(case, dtype):
     sequences, size, heads, bank, expand = CASES[case]
     spans = None if sequences.spans is None else sequences.spans.to(DEVICE)
-    sizes = (sequences.tokens, sequences.count, expand, sequences.max_position)
-    layout = Layout(*sizes, spans, sequences.carried_levels, DEVICE)
+    layout = Layout(replace(sequences, spans=spans), expand, DEVICE)
     shapes = (sequences.tokens, 3 * size), (bank, layout.rows, 2 * size), (sequences.tokens, size)
     token_qkv, node_qv, grad = (torch.randn(shape).to(DEVICE, dtype) for shape in shapes)
     return token_qkv, node_qv, grad, heads, layout
@@ -98,13 +99,12 @@ def test_every_configuration_gives_the_same():
     token_qkv, node_qv, grad, heads, layout = inputs("shared nodes", torch.float32)
     expected, lse = reference.attend(token_qkv, node_qv, heads, layout)
     want = reference.attend_backward(grad, token_qkv, node_qv, expected, lse, heads, layout)
-    tables = (kernels.FORWARD, kernels.BACKWARD, kernels.FORWARD_FLOAT32, kernels.BACKWARD_FLOAT32)
-    for config in {config for table in tables for config in table.values()}:
-        out, _ = kernels.attend(token_qkv, node_qv, heads, layout, config)
-        assert_close(f"out of {config}", out, expected, TOLERANCE[torch.float32][0])
-        got = kernels.attend_backward(grad, token_qkv, node_qv, expected, lse, heads, layout, config)
+    for launch in every_launch("attend_fwd", "attend_bwd"):
+        out, _ = kernels.attend(token_qkv, node_qv, heads, layout, launch)
+        assert_close(f"out of {launch}", out, expected, TOLERANCE[torch.float32][0])
+        got = kernels.attend_backward(grad, token_qkv, node_qv, expected, lse, heads, layout, launch)
         for g, w in zip(got, want, strict=True):
-            assert_close(f"gradient of {config}", g, w, TOLERANCE[torch.float32][1])
+            assert_close(f"gradient of {launch}", g, w, TOLERANCE[torch.float32][1])
 
 
 def test_any_strides():
@@ -145,4 +145,4 @@ def test_scores_of_ten_thousand_stay_finite():
 
 def test_too_wide_a_head_is_an_error():
     with pytest.raises(ValueError, match="heads: expected at most 128 features a head in torch.float32, got 160"):
-        kernels.default_config("forward", 160, torch.float32)
+        kernels.launch_for("attend_fwd", 160, torch.float32, DEVICE)

@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench.gpu import compile_kernels  # noqa: E402
 from lmn_kernels._triton.common import CompileCase  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def representatives(arch: int, dtype: torch.dtype) -> list[CompileCase]:
     """For every kernel, the default configuration of a middle size, for a plain summarizer (the shortest name)."""

@@ -19,6 +19,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 from bench.close import TOLERANCE, assert_close  # noqa: E402
 from lmn_kernels._triton import look_ahead as kernels  # noqa: E402
 from python_ref import look_ahead as reference  # noqa: E402
+from tests.support.launches import every_launch  # noqa: E402
 
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
@@ -100,13 +101,13 @@ def test_every_configuration_gives_the_same():
     operands, seeds, reach, grads = inputs("own table", torch.float32)
     expected, lse = reference.attend(*operands, *seeds, *reach)
     want = reference.attend_backward(*grads, *operands, expected, lse, *reach)
-    every = [kernels.FLOAT32, *kernels.CONFIGS.values()]
-    for config in sorted({config for table in every for config in table.values()}):
-        out, _ = kernels.attend(*operands, *seeds, *reach, config)
-        assert_close(f"out of {config}", out, expected, TOLERANCE[torch.float32][0])
-        got = kernels.attend_backward(*grads, *operands, expected, lse, *reach, config)
+    names = "look_ahead_fwd", "look_ahead_bwd_dq", "look_ahead_bwd_dkv", "look_ahead_bwd_dtable"
+    for launch in every_launch(*names):
+        out, _ = kernels.attend(*operands, *seeds, *reach, launch)
+        assert_close(f"out of {launch}", out, expected, TOLERANCE[torch.float32][0])
+        got = kernels.attend_backward(*grads, *operands, expected, lse, *reach, launch)
         for g, w in zip(got, want, strict=True):
-            assert_close(f"gradient of {config}", g, w, TOLERANCE[torch.float32][1])
+            assert_close(f"gradient of {launch}", g, w, TOLERANCE[torch.float32][1])
 
 
 def test_any_strides():
@@ -161,6 +162,6 @@ def test_scores_of_ten_thousand_stay_finite():
 
 def test_too_wide_a_head_is_an_error():
     with pytest.raises(ValueError, match="heads: expected at most 128 features a head in torch.float16, got 160"):
-        kernels.default_config("forward", 160, torch.float16)
+        kernels.launch_for("look_ahead_fwd", 160, torch.float16, DEVICE)
     with pytest.raises(ValueError, match="heads: expected at most 64 features a head in torch.float32, got 80"):
-        kernels.default_config("keys", 80, torch.float32)
+        kernels.launch_for("look_ahead_bwd_dkv", 80, torch.float32, DEVICE)

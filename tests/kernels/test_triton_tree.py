@@ -17,9 +17,12 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench.close import TOLERANCE, assert_close, error  # noqa: E402
-from lmn_kernels._triton import tree, tree_configs  # noqa: E402
+from lmn_kernels._triton import tree, tree_compile  # noqa: E402
+from lmn_kernels._triton.launch import KERNELS  # noqa: E402
 from python_ref import tree as reference  # noqa: E402
 from python_ref.layout import Layout  # noqa: E402
+from python_ref.sequences import Sequences  # noqa: E402
+from tests.support.launches import every_launch  # noqa: E402
 
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
@@ -58,7 +61,7 @@ class Case:
     def layout(self) -> Layout:
         if self.equal is not None:
             count, length = self.equal
-            return Layout(count * length, count, self.expand, length, None, None, DEVICE)
+            return Layout(Sequences.equal(count, length), self.expand, DEVICE)
         length = torch.tensor(self.lengths, dtype=torch.int64)
         offset = torch.zeros_like(length) if self.offsets is None else torch.tensor(self.offsets)
         count = len(self.lengths)
@@ -66,7 +69,8 @@ class Case:
         tokens = int(length.sum()) + 3 if self.slots is None else count * self.slots
         carried = None if self.offsets is None else max(self.offsets).bit_length() - 1
         last = int((length + offset).max()) if count else 0
-        return Layout(tokens, count, self.expand, last, torch.stack([start, length, offset], 1), carried, DEVICE)
+        spans = torch.stack([start, length, offset], 1)
+        return Layout(Sequences(tokens, count, last, spans, carried), self.expand, DEVICE)
 
 
 @dataclass
@@ -285,11 +289,12 @@ def test_double_precision_takes_the_reference():
 
 def test_compile_cases_are_complete():
     names = set()
-    for case in tree.compile_cases(80):
+    for case in tree_compile.compile_cases(80):
         assert set(case.kernel.arg_names) == set(case.signature) | set(case.constexprs)
         names.add((case.name, case.dtype, case.constexprs["E"]))
-    assert len(names) == len(list(tree.compile_cases(80)))
-    for kind, found in tree.configs().items():
-        sizes = {part for t in found for part in (t.rows, t.cols, t.depth, t.few_rows, t.few_cols, t.few_depth)}
-        assert len(set(found)) <= 12 and all(part >= 16 and part & (part - 1) == 0 for part in sizes), kind
-    assert tree_configs.config("block", 80, HALF) == tree_configs.config("block", 128, HALF)
+    assert len(names) == len(list(tree_compile.compile_cases(80)))
+    for kernel in (name for name in KERNELS if name.startswith("tree_")):
+        found = every_launch(kernel)
+        sizes = {launch.blocks[name] for launch in found for name in launch.blocks if name.endswith(("BM", "BN", "BK"))}
+        assert len(found) <= 12 and all(part >= 16 and part & (part - 1) == 0 for part in sizes), kernel
+    assert tree.launch_for("tree_block_fwd", 80, HALF, DEVICE) == tree.launch_for("tree_block_fwd", 128, HALF, DEVICE)

@@ -369,3 +369,8 @@ def test_checkpointing_a_layer_changes_nothing(reentrant):
         (y.square().sum() + out.sin().sum() + lse.sum()).backward()
         found.append([x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_state_is_printed_by_its_sizes():
+    said = repr(proceed(small()))
+    assert said.startswith("LookAheadState(batch_size=") and "length=" in said and "tensor(" not in said

@@ -16,13 +16,13 @@ from lmn_kernels import LogarithmicMixing
 from python_ref import attention as ref_attention
 from python_ref import tree as ref_tree
 from python_ref.layout import Layout
+from python_ref.sequences import Sequences
 from tests.support.variants import VARIANTS, defined
 
 
 @pytest.fixture(autouse=True)
 def _cheap():
-    """The subject is size, not content: neither a second thread nor filling large tensors with NaN adds to it."""
-    torch.set_num_threads(1)
+    """The subject is size, not content: filling large tensors with NaN adds nothing to it."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
 
@@ -61,7 +61,7 @@ def run_all(batch: int, length: int, embedding: int, heads: int, bank: int, ragg
         start = torch.arange(batch) * length
         spans = torch.stack([start, torch.full_like(start, length - 1), torch.zeros_like(start)], 1)
     with Largest() as mode:
-        layout = Layout(tokens, batch, 0, length, spans, None, x.device)
+        layout = Layout(Sequences(tokens, batch, length, spans), 0, x.device)
         nodes = ref_tree.build_tree(x, merge, bank, None, None, layout)
         token_qkv, node_qv = x @ torch.cat([q, k, v], 1), nodes @ torch.cat([q, v], 1)
         out, lse = ref_attention.attend(token_qkv, node_qv, heads, layout)
@@ -137,7 +137,7 @@ def test_an_expander_stays_linear_in_tokens(monkeypatch, expand):
         weight = torch.randn(1, 1 + expand, 2 * embedding, embedding) * 0.1
         merge = ref_tree.LinearMerge(weight, torch.randn(1, embedding), None)
         with Largest() as mode:
-            layout = Layout(length, 1, expand, length, None, None, x.device)
+            layout = Layout(Sequences.equal(1, length), expand, x.device)
             nodes = ref_tree.build_tree(x, merge, 1, None, None, layout)
             token_qkv, node_qv = torch.cat([x, x, x], 1), torch.cat([nodes, nodes], -1)
             out, lse = ref_attention.attend(token_qkv, node_qv, heads, layout)

@@ -165,3 +165,13 @@ def test_attention_of_a_memory_with_an_odd_number_of_slots_is_refused():
     layer = LogarithmicMixing(8, bank=2)
     with pytest.raises(ValueError, match="memory: expected whole levels of 2 banks, got 4 slots"):
         layer.attention(torch.randn(1, 3, 4, 8))
+
+
+def test_what_is_printed_tells_settings_and_no_tensors():
+    layer = LogarithmicMemory(8, 2, 2, step_backend="reference", lean=True)
+    assert "step_backend='reference', lean=True" in repr(layer) and "expand=0" in repr(layer)
+    _, state = layer.prefill(torch.randn(3, 5, 8))
+    assert repr(state) == (
+        "MemoryState(batch_size=3, embedding=8, bank=2, expand=0, levels=2, max_position=5, torch.float32, cpu)"
+    )
+    assert "tensor(" not in repr(layer.step_weights()) and "heads=2" in repr(layer.step_weights())

@@ -31,12 +31,6 @@ LAYERS = {
 layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_settled):
-    """On tensors this small a second thread gains nothing, and costs tenfold where cores are shared."""
-    torch.set_num_threads(1)
-
-
 def random(*shape: int, **more) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, **more)
 

@@ -27,9 +27,7 @@ F64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """All is small here: a second thread would only wait. The test of repeatability takes two."""
-    torch.set_num_threads(1)
+def _nothing_compiled():
     torch._dynamo.reset()
 
 
@@ -59,9 +57,10 @@ def operands(case: str, dtype: torch.dtype, size: int = 6, length: int = 7) -> d
         "token_qkv": normal(sequences * length, 3 * size),
         "heads": 2 if size % 2 == 0 else 1,
         "spans": None,
+        "tokens": sequences * length,
         "sequences": sequences,
         "max_position": length,
-        "carried_levels": -1,
+        "carried_levels": None,
         "expand": 1 if case == "expander" else 0,
         "backend": "reference",
     }

@@ -30,8 +30,7 @@ LEAVES = ["q", "kv", "bias", "table"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _nothing_compiled():
     torch._dynamo.reset()
 
 

@@ -22,12 +22,6 @@ from tests.support.variants import VARIANTS, defined
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The definition is made of thousands of tiny products, for which a second thread only means waiting."""
-    torch.set_num_threads(1)
-
-
 common = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -71,7 +71,7 @@ def test_scores_of_ten_thousand_stay_finite():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         tokens, embedding = 40, 8
         sequences = Sequences.equal(1, tokens)
-        rows = node_rows(tokens, 1, 0, None)
+        rows = node_rows(sequences, 0)
         scale = 100.0
         token_qkv = (torch.randn(tokens, 3 * embedding) * scale).to(dtype).requires_grad_()
         node_qv = (torch.randn(1, rows, 2 * embedding) * scale).to(dtype).requires_grad_()
@@ -103,7 +103,7 @@ def test_in_place_and_out_of_place_trees_agree(groups):
     merge = LinearMerge(*(None if part is None else part.double() * 0.3 for part in merge))
     x = torch.randn(4 * 20, size, dtype=torch.float64)
     for sequences in (Sequences.equal(4, 20), Sequences.padded(4, 20, lengths)):
-        layout = make_layout(80, 4, expand, sequences.max_position, sequences.spans, None, x.device)
+        layout = make_layout(sequences, expand, x.device)
         plain = build_tree_with(lambda a, b: merge_stacks(merge, a, b), x, bank, None, None, layout)
         fast = build_tree(x, merge, sequences)
         used = layout.unused_base
@@ -117,7 +117,7 @@ def test_a_slot_is_the_last_complete_block(length):
     x = torch.randn(2, length, 3, dtype=torch.float64)
     weight, bias = torch.randn(1, 6, 3, dtype=torch.float64) * 0.5, torch.randn(1, 1, 3, dtype=torch.float64)
     nodes = build_tree(x.flatten(0, 1), LinearMerge(weight[:, None], bias[:, 0], None), Sequences.equal(2, length))
-    layout = Layout(2 * length, 2, 0, length, None, None, x.device)
+    layout = Layout(Sequences.equal(2, length), 0, x.device)
     expected = definition.visible_nodes(x, definition.linear_merge(weight, bias), 1)
     for n in range(1, length + 1):
         row, exists = layout.slots(torch.arange(2), torch.full((2,), n), level_count(length))

@@ -18,6 +18,8 @@ from lmn_kernels import __version__
 cpp_extension = pytest.importorskip("torch.utils.cpp_extension", reason="needs setuptools", exc_type=ImportError)
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
 VARIABLES = [f"LMN_KERNELS_{name}" for name in ("BUILD", "CUDA", "CFLAGS")]
 VARIABLES += ["CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"]
 NO_COMPILER = "no-such-compiler"

@@ -20,6 +20,8 @@ from lmn_kernels.backend import extension
 ROOT = Path(__file__).resolve().parents[2]
 NAME = f"_C{EXTENSION_SUFFIXES[0]}"
 
+pytestmark = pytest.mark.slow
+
 PROBE = """
 import json, sys, warnings
 import torch, lmn_kernels
@@ -121,6 +123,6 @@ def test_a_binary_that_does_not_fit_is_left_alone(package, request, case):
 @pytest.mark.ext
 def test_a_binary_of_other_operations_is_left_alone(package, binary):
     (package / NAME).write_bytes(binary)
-    library = package / "ops" / "library.py"
-    library.write_text(library.read_text(encoding="utf-8").replace('"step(Tensor x', '"step(Tensor x, int more'))
+    library = package / "ops" / "step.py"
+    library.write_text(library.read_text(encoding="utf-8").replace('f"step(Tensor x', 'f"step(Tensor x, int more'))
     falls_back(package, "does not load", "schema")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -21,10 +20,13 @@ import pytest
 import torch
 
 import lmn_kernels
+from lmn_kernels._triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("lmn_kernels", "python_ref", "bench", "tests")
+TUNED = launch.TUNED.relative_to(ROOT)
 NOT_COPIED = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+
+pytestmark = pytest.mark.slow
 
 needs_pip = pytest.mark.skipif(find_spec("pip") is None, reason="this environment has no pip")
 needs_compiler = pytest.mark.skipif(
@@ -60,6 +62,9 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the checkout: a build leaves files behind, as one of another Python has done here."""
     copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tree", ignore=NOT_COPIED)
     (copy / "lmn_kernels" / "_C.cpython-27m.so").touch()
+    # A tuned file of launches, whether or not there is one here.
+    (copy / TUNED).mkdir(exist_ok=True)
+    (copy / TUNED / "Made-up_GPU.json").write_text('{"device": "Made-up GPU", "arch": 90, "launches": {}}')
     return copy
 
 
@@ -81,14 +86,16 @@ def test_build_requirements():
 
 
 def shipped(wheel: Path, tree: Path) -> set[str]:
-    """The files of a wheel other than Python's, which are both packages and nothing else."""
+    """The files of a wheel beside those of Python and of tuned launches, which are all of both packages'."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith("LICENSE") for name in archive.namelist())
-    modules = (path for top in ("lmn_kernels", "python_ref") for path in (tree / top).rglob("*.py"))
-    modules = {path.relative_to(tree).as_posix() for path in modules}
-    assert modules <= names
-    return names - modules
+    tops = [tree / "lmn_kernels", tree / "python_ref"]
+    modules = (path for top in tops for path in (*top.rglob("*.py"), top / "py.typed"))
+    tuned = {path.relative_to(tree).as_posix() for path in (tree / TUNED).iterdir()}
+    expected = {path.relative_to(tree).as_posix() for path in modules} | tuned
+    assert tuned and expected <= names
+    return names - expected
 
 
 @needs_pip
@@ -125,7 +132,8 @@ def test_the_source_distribution_holds_what_the_extension_is_made_of(tree, tmp_p
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
-    assert sources and sources | {"setup.py", "pyproject.toml", "lmn_kernels/backend/extension.py"} <= names
+    tuned = (TUNED / "Made-up_GPU.json").as_posix()
+    assert sources and sources | {"setup.py", "pyproject.toml", "lmn_kernels/backend/extension.py", tuned} <= names
     assert not [name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "build/"))]
 
 
@@ -138,6 +146,12 @@ def test_requirements(wheel):
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert extras - {"triton"} <= pinned  # triton comes with a CUDA build of torch
     assert "+" not in re.sub(r"#.*", "", (ROOT / "constraints.txt").read_text())
+
+
+def test_commits_are_linted_as_here():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    ruff = re.search(r"^ruff==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall(r"/ruff-pre-commit\n +rev: v(\S+)", hooks) == [ruff[1]]
 
 
 @needs_pip
@@ -185,15 +199,3 @@ def test_import_is_light_and_the_layer_runs(wheel, tmp_path):
     command = [sys.executable, "-c", IMPORTED, str(site)]
     done = subprocess.run(command, cwd=elsewhere, env={**env, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_syntax_of_the_oldest_python():
-    for path in (path for top in SOURCES for path in (ROOT / top).rglob("*.py")):
-        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
-
-
-def test_no_path_of_one_machine():
-    local = re.compile(rb"(?<![\w.])/(?:work|root|home|Users)/")
-    inside = [path for top in (*SOURCES, "csrc", ".ci") for path in (ROOT / top).rglob("*")]
-    texts = [path for path in (*ROOT.glob("*"), *inside) if path.is_file() and path.suffix not in (".pyc", ".so")]
-    assert [str(path.relative_to(ROOT)) for path in texts if local.search(path.read_bytes())] == []

@@ -28,12 +28,6 @@ few_variants = pytest.mark.parametrize("variant", FEW, ids=str)
 one_by_one_and_together = pytest.mark.parametrize("how", ["steps", "chunk"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_settled):
-    """On tensors this small a second thread gains nothing, and costs tenfold where cores are shared."""
-    torch.set_num_threads(1)
-
-
 def random(*shape: int, **more) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, **more)
 

@@ -30,8 +30,7 @@ def sequences_of(form: str, length: int, device: torch.device) -> Sequences:
 
 
 def layout_of(sequences: Sequences, expand: int, device: torch.device) -> Layout:
-    where = (sequences.spans, sequences.carried_levels, device)
-    return Layout(sequences.tokens, sequences.count, expand, sequences.max_position, *where)
+    return Layout(sequences, expand, device)
 
 
 def merge_of(kind: str, size: int, bank: int, device: torch.device) -> LinearMerge:

@@ -1,0 +1,130 @@
+"""The parallel form of a layer: whole sequences, or chunks of them, at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from python_ref.layout import Layout, level_count
+from python_ref.sequences import Sequences
+from python_ref.tree import build_tree_with
+
+from ..backend.choice import BackendError, wanted
+from ..backend.transforms import tree_under_autocast
+from ..ops.attention import attend
+from ..ops.tree import build_tree
+from ..states.memory import MemoryState
+from .parts import MixingParts, fit, merge_stacks_of
+from .summarizers import LinearMapSummarizer
+
+
+def run(
+    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+) -> tuple[Tensor, MemoryState | None]:
+    """The layer over ``x [B, L, E]``, with what surrounds the mixing, and the state behind its last tokens."""
+    if state is not None:
+        state = fit(layer, state, sequences.count, sequences.max_position, x.device)
+    # Padding is cut off on the way in and on the way out: whatever it holds, NaN included, reaches
+    # neither an output nor, multiplied by a zero gradient, a weight.
+    padding = None
+    if sequences.spans is not None and (is_token := sequences.is_token()) is not None:
+        padding = ~is_token.view(*x.shape[:2], 1)
+        x = x.masked_fill(padding, 0)
+    around = layer.around()
+    mixed, new_state = _mix(layer, around.before(x), sequences, state, want_state)
+    y = around.after(x, mixed)
+    return (y if padding is None else y.masked_fill(padding, 0)), new_state
+
+
+def _mix(
+    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+) -> tuple[Tensor, MemoryState | None]:
+    if state is not None:
+        sequences = sequences.after(state.position, state.max_position, state.levels)
+    flat, nodes = tree_of(layer, x, sequences, state)
+    if layer.lean and torch.is_grad_enabled():
+        read = checkpoint(_read, layer, flat, nodes, sequences, use_reentrant=False, preserve_rng_state=False)
+    else:
+        read = _read(layer, flat, nodes, sequences)
+    out, node_qv = read
+    y = layer.sva.out_proj(out).view(x.shape)
+    return y, _state_after(layer, flat, nodes, node_qv, sequences, state) if want_state else None
+
+
+def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
+    node_qv, token_qkv = layer.sva.node_qv(nodes), layer.sva.token_qkv(flat)
+    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=layer.expand, backend=layer.backend)
+    return out, node_qv
+
+
+def tree_of(
+    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None = None
+) -> tuple[Tensor, Tensor]:
+    """The tokens of ``x [B, L, E]`` as ``[M, E]``, in autocast's dtype if there is one, and every node above them."""
+    summarizer, expander = layer.summarizer, layer.expander
+    linear = summarizer if isinstance(summarizer, LinearMapSummarizer) else None
+    flat, merge = x.reshape(-1, layer.embedding), None
+    # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
+    folds = expander is None or flat.shape[0] > layer.embedding
+    if (linear is None or not folds) and (asked := wanted(layer.backend, "build_tree")) not in ("auto", "reference"):
+        if linear is None:
+            raise BackendError(
+                f"backend={asked!r} cannot serve build_tree: a callable summarizer runs on the reference alone"
+            )
+        folds = True  # kernels take no other form
+    if linear is not None and folds:
+        merge = linear.merge() if expander is None else expander.fold(linear.merge())
+    flat, merge = tree_under_autocast(flat, merge)
+    token = carried = None
+    if state is not None:
+        token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)
+    if merge is not None:
+        return flat, build_tree(flat, merge, sequences, token=token, carried=carried, backend=layer.backend)
+    layout = Layout(sequences, layer.expand, flat.device)
+    return flat, build_tree_with(merge_stacks_of(layer), flat, layer.bank, token, carried, layout)
+
+
+def _state_after(
+    layer: MixingParts,
+    flat: Tensor,
+    nodes: Tensor,
+    node_qv: Tensor,
+    sequences: Sequences,
+    state: MemoryState | None,
+) -> MemoryState:
+    if state is None:
+        levels = level_count(sequences.max_position)
+        dtype = torch.promote_types(layer.sva.q.weight.dtype, torch.float32)
+    else:
+        levels, dtype = state.levels, state.nodes.dtype
+    layout = Layout(sequences, layer.expand, flat.device)
+    _, length, offset, _, _ = layout.tables()
+    row, exists = layout.slots(torch.arange(sequences.count, device=flat.device), offset + length, levels)
+
+    def pick(table: Tensor) -> Tensor:
+        rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
+        return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0).contiguous()
+
+    newest, (q, v) = pick(nodes), (pick(half) for half in node_qv.chunk(2, -1))
+    token_row, token_exists = layout.newest_token()
+    # The last row stands for no token.
+    none = flat.new_zeros(1, layer.embedding)
+    tokens = torch.cat([flat, none] if state is None else [flat, state.token.to(flat.dtype), none])
+    token = torch.where(token_exists[:, None], tokens.index_select(0, token_row).to(dtype), 0)
+    if state is not None:
+        # What no token changed stays as it was, to the bit.
+        kept = (exists & (row >= layout.carry_base))[..., None, None]
+        newest, q, v = (torch.where(kept, old, new) for old, new in ((state.nodes, newest), (state.q, q), (state.v, v)))
+        token = torch.where((length > 0)[:, None], token, state.token)
+    return MemoryState(
+        position=offset + length,
+        token=token,
+        nodes=newest,
+        q=q,
+        v=v,
+        expand=layer.expand,
+        levels=levels,
+        max_position=sequences.max_position,
+    )

@@ -1,0 +1,73 @@
+"""What the forms of a mixing layer share: its parts, and the checks of what a caller hands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from python_ref.around import Around
+from python_ref.checks import check_device, check_float, check_shape
+
+from ..backend.transforms import autocasts
+from ..states.memory import MemoryState
+from .projections import SingleVectorAttention
+from .summarizers import Expander
+
+
+class MixingParts(Protocol):
+    """A mixing layer as its forms see it; see `lmn_kernels.LogarithmicMixing`."""
+
+    embedding: int
+    heads: int
+    bank: int
+    backend: str
+    step_backend: str
+    lean: bool
+    summarizer: Callable[[Tensor, Tensor], Tensor]
+    expander: Expander | None
+    sva: SingleVectorAttention
+    _modules: Any
+
+    @property
+    def expand(self) -> int: ...
+
+    def parameters(self) -> Any: ...
+
+    def init_state(self, batch_size: int) -> MemoryState: ...
+
+    def around(self) -> Around:
+        """What surrounds the mixing, as the layer's modules compute it."""
+        ...
+
+    def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
+        """The same as `StepWeights` has it; None where only the modules know."""
+        ...
+
+
+def check_input(layer: MixingParts, x: Tensor) -> None:
+    """Whether x is ``[B, L, E]`` on the layer's device and in its dtype (or a region of autocast casts it)."""
+    check_float("x", x)
+    check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
+    weight = layer.sva.q.weight
+    check_device("x", x, weight.device)
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
+        raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
+
+
+def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device) -> MemoryState:
+    """The state with room for ``tokens`` more, where it is one of this layer's and of ``batch`` rows."""
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+    state.check_for(batch, layer.embedding, layer.bank, layer.expand, device)
+    return state.with_room(state.max_position + tokens)
+
+
+def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
+    """The layer's own merge: stacks ``[P, h, m, E]`` of two nodes → the stack ``[P, h+k, m, E]`` of their summary."""
+    summarizer, expander = layer.summarizer, layer.expander
+    if expander is None:
+        return summarizer
+    return lambda left, right: summarizer(expander(left), expander(right))
