@@ -20,6 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class Check:
             "facts": next((row for outcome in self.outcomes if outcome.kind == "facts" for row in outcome.rows), {}),
             "gate": gate(self.outcomes, self.stages),
             "seconds": round(time.monotonic() - self.start, 1),
-            "stages": [outcome.as_dict() for outcome in self.outcomes],
+            "stages": [asdict(outcome) for outcome in self.outcomes],
             "goals": goal_rows(measured(settings.out), settings.real),
             "not_measured": NOT_MEASURED,
         }

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,6 @@ class Outcome:
     @property
     def red(self) -> bool:
         return self.kind == "check" and self.status in ("failed", "out of time")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _plain(value: Any) -> Any:

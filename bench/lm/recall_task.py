@@ -114,11 +114,7 @@ test_streams.__test__ = False  # type: ignore[attr-defined]
 
 
 def _backs(
-    task: Task,
-    generator: np.random.Generator,
-    count: int,
-    most: int | np.ndarray,
-    first: np.ndarray | None = None,
+    task: Task, generator: np.random.Generator, count: int, most: int | np.ndarray, first: np.ndarray | None = None
 ) -> np.ndarray:
     """Positions ``[count, pairs]`` counted backwards: even in log2 from 0 to ``most``, two or more apart."""
     most = np.broadcast_to(most, (count, 1))

@@ -200,10 +200,7 @@ class Run:
             "environment": describe(self._ranks.device) | {"lmn_kernels": lmn_kernels.__version__},
         }
         if sample:
-            metrics["sample"] = {
-                "tokens_per_second": sample.tokens_per_second,
-                "state_bytes": sample.state_bytes,
-            }
+            metrics["sample"] = {"tokens_per_second": sample.tokens_per_second, "state_bytes": sample.state_bytes}
         write_file(self._out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         write_file(self._out / "curve.csv", curve.to_csv(trainer.rows).encode())
         title = f"{self._settings.model}, {metrics['parameters']:,} parameters, {corpus.name}"

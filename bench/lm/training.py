@@ -93,10 +93,7 @@ class Trainer:
         self._settings = settings
         self._ranks = ranks
         self._share = ranks.share(settings.batch)
-        self._splits = {
-            "train": corpus.train.to(ranks.device),
-            "validation": corpus.validation.to(ranks.device),
-        }
+        self._splits = {"train": corpus.train.to(ranks.device), "validation": corpus.validation.to(ranks.device)}
         dtype = getattr(torch, settings.dtype)
         self.model = model.to(ranks.device, torch.float64 if dtype == torch.float64 else torch.float32)
         runner: nn.Module = self.model

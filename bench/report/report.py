@@ -114,14 +114,13 @@ def _tables(run: str, loaded: Loaded) -> str:
     return join(*found) or f"No results yet; `python -m bench {run}` makes them."
 
 
-def _on_gpus(loaded: Loaded) -> dict[str, dict[str, list[Row]]]:
-    """Rows by GPU and run."""
-    found: dict[str, dict[str, list[Row]]] = defaultdict(dict)
+def _by_device(loaded: Loaded) -> dict[str, dict[str, Sequence[Row]]]:
+    """Rows by device and run."""
+    found: dict[str, dict[str, Sequence[Row]]] = defaultdict(dict)
     for run, devices in loaded.items():
         for device, invocation in devices.items():
-            if not device.startswith("cpu"):
-                found[device][run] = invocation.rows
-    return dict(sorted(found.items()))
+            found[device][run] = invocation.rows
+    return found
 
 
 class Pictures:
@@ -130,11 +129,7 @@ class Pictures:
     def __init__(self, loaded: Loaded, folder: Path):
         self.folder, self._loaded = folder, loaded
         self._names = device_names(device for devices in loaded.values() for device in devices)
-        rows: dict[str, dict[str, Sequence[Row]]] = defaultdict(dict)
-        for run, devices in loaded.items():
-            for device, invocation in devices.items():
-                rows[self._names[device]][run] = invocation.rows
-        self.files = plots.draw(rows)
+        self.files = plots.draw({self._names[device]: runs for device, runs in _by_device(loaded).items()})
 
     def show(self, run: str, page: Path, only: str | None = None) -> str:
         """Every device's drawing of a run, or only one's, light or dark as the reader's page is."""
@@ -227,7 +222,9 @@ def report(results: Path, readme: Path, drawings: Path) -> None:
     full = results / "README.md"
     new = update(old, summary(loaded, pictures, readme, full))
     chapters = [join(f"## {title}", pictures.show(run, full), _tables(run, loaded)) for run, (title, _) in RUNS.items()]
-    chapters += [join(f"## Goals, {text(device)}", goals.chapter(rows)) for device, rows in _on_gpus(loaded).items()]
+    for device, rows in sorted(_by_device(loaded).items()):
+        if not device.startswith("cpu"):
+            chapters.append(join(f"## Goals, {text(device)}", goals.chapter(rows)))
     how = "Made by `python -m bench report` from the rows beside it; what is written here by hand is lost."
     everything = join("# Results", how, *chapters) + "\n"
     try:

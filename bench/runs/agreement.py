@@ -35,7 +35,7 @@ from bench.lm.models import RECURRENT, LogMem, ModelConfig, build
 from bench.lm.train_lm import CHECKPOINT
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import table
+from bench.report import chapters
 from lmn_kernels import LogarithmicMemory
 from lmn_kernels.backend.choice import why_not
 
@@ -237,31 +237,4 @@ def _compare_steps(model: LogMem, subject: Subject, at_once: Tensor, about: Row)
     return by_steps, rows
 
 
-def show(rows: list[Row]) -> str:
-    headers = ["compared", "dtype", "tokens", "step", "parallel", "max", "mean", "first at", "disagreements"]
-    body = [
-        [
-            row["comparison"],
-            row["dtype"],
-            f"{row['tokens']:,}",
-            row["served"] or "–",
-            row["parallel_served"],
-            *(
-                [row["gap"], "", "", ""]
-                if "gap" in row
-                else [
-                    f"{row['max_difference']:.3g}",
-                    f"{row['mean_difference']:.3g}",
-                    "none" if row["first_disagreement"] is None else f"{row['first_disagreement']:,}",
-                    f"{row['disagreements']:,}",
-                ]
-            ),
-        ]
-        for row in rows
-    ]
-    told = {
-        f"{row['model']}, {row.get('label') or 'trained for {:,} steps'.format(row['trained_steps'])}; {row['data']}"
-        for row in rows
-    }
-    notes = "Differences are of logits; a disagreement is a position whose likeliest symbols differ."
-    return "\n".join([*sorted(told), table(headers, body), notes])
+show = chapters.agreement

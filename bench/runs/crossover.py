@@ -17,7 +17,7 @@ from bench.measure.contender import OURS
 from bench.measure.gate import TRAINING
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import timed_table
+from bench.report import chapters
 
 PROVIDERS = (OURS, "sdpa-flash", "sdpa-cudnn")
 CPU_SHAPES = [Shape(str(1 << k), 1 << (13 - k), 1 << k, 64, 4, 1) for k in range(6, 14)]
@@ -51,7 +51,4 @@ def crossover(rows: Iterable[Row]) -> list[Row]:
     return [{"provider": OURS, "operation": "layer", "direction": TRAINING, "crossover": found}]
 
 
-def show(rows: list[Row]) -> str:
-    timed, (last,) = rows[:-1], rows[-1:]
-    told = "at no length" if last["crossover"] is None else f"from L = {last['crossover']:,} on"
-    return f"{timed_table(timed)}\n\nOurs beats attention {told}."
+show = chapters.crossover

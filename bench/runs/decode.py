@@ -21,7 +21,7 @@ from bench.contenders.streams import CachedAttention, Recurrent, made_up
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
 from bench.measure.timing import pair_ratio
-from bench.report.terminal import table
+from bench.report import chapters
 from lmn_kernels import LogarithmicMixing, MemoryState, decode_
 from lmn_kernels.backend.choice import why_not
 
@@ -327,22 +327,4 @@ def cases(context: Context) -> list[Case]:
     return found
 
 
-def show(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        shape = row["shape"]
-        what = f"B={shape['batch']} E={shape['embedding']} H={shape['heads']} m={shape['bank']} {row['dtype']}"
-        place = f"{row['position']:,}" if "position" in row else ""
-        if "gap" in row:
-            cells = [row["gap"], "", ""]
-        elif "fact" in row:
-            cells = [f"{row['fact'].replace('_', ' ')}: {row['value']:.2f}", "", ""]
-        else:
-            ratio = f"{row['ratio']:.3g}x" if "ratio" in row else ""
-            cells = [
-                f"{row['median']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})",
-                f"{row['p99']:.4g}" if "p99" in row else "",
-                ratio,
-            ]
-        lines.append([what, place, row["provider"], *cells])
-    return table(["", "n", "", "us a token", "p99", "of ours"], lines)
+show = chapters.decode

@@ -18,9 +18,8 @@ from bench.contenders.shapes import SHAPES, Shape
 from bench.measure.comparison import EAGER, GRAPH, Limits
 from bench.measure.contender import OURS
 from bench.measure.gate import BACKWARD, FORWARD, TRAINING
-from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import timed_table
+from bench.report import chapters
 
 CPU_SHAPES = [SHAPES["P"], Shape("S", 1, 4096, 256, 4, 1), Shape("W", 1, 2048, 512, 8, 1)]
 QUICK_SHAPES = [Shape("quick", 2, 256, 32, 4, 2)]
@@ -92,5 +91,4 @@ def _gpu_cases(context: Context, operations: list[str]) -> Iterator[Case]:
                     yield Case(f"{case}/{mode}" if mode else case, measure, one.check)
 
 
-def show(rows: list[Row]) -> str:
-    return timed_table(rows)
+show = chapters.kernels

@@ -16,7 +16,8 @@ from bench.measure.contender import OURS
 from bench.measure.gate import FORWARD, TRAINING
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import memory_table, timed_table, where
+from bench.report import chapters
+from bench.report.tables import SYMBOLS
 
 # In the first one ours must be no worse than the literal form.
 CPU_SHAPES = [
@@ -52,6 +53,12 @@ def cases(context: Context) -> list[Case]:
     return found
 
 
+def _where(row: Row) -> str:
+    """The operation, sizes and direction of a row."""
+    sizes = ", ".join(str(size) for name, size in row["shape"].items() if name in SYMBOLS)
+    return f"{row['operation']} ({sizes}) {row['direction']}"
+
+
 def ratios(rows: list[Row]) -> Iterator[str]:
     """The literal form's time and memory over ours, and whether the bar is met where it stands."""
     found = {(row["operation"], row["shape"]["name"], row["direction"], row["provider"]): row for row in rows}
@@ -64,10 +71,9 @@ def ratios(rows: list[Row]) -> Iterator[str]:
             said["kept"] = row["saved_bytes"] / own["saved_bytes"]
         held = [ratio for what, ratio in said.items() if what != "peak"]
         bar = f"; the bar is {'met' if min(held) >= 1 else 'missed'}" if name == CPU_SHAPES[0].name else ""
-        yield f"{where(row)}: {', '.join(f'{what} {ratio:.3g}x' for what, ratio in said.items())}{bar}"
+        yield f"{_where(row)}: {', '.join(f'{what} {ratio:.3g}x' for what, ratio in said.items())}{bar}"
 
 
 def show(rows: list[Row]) -> str:
     told = list(ratios(rows))
-    head = ["The literal form over ours:"] if told else []
-    return "\n\n".join([timed_table(rows), memory_table(rows), "\n".join([*head, *told])])
+    return "\n\n".join([chapters.lamemo(rows), *(["The literal form over ours:", "\n".join(told)] if told else [])])

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.measure.comparison import Limits
-from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import memory_table
+from bench.report import chapters
 
 from . import scaling
 
@@ -32,5 +31,4 @@ def cases(context: Context) -> list[Case]:
     return found
 
 
-def show(rows: list[Row]) -> str:
-    return memory_table(rows)
+show = chapters.memory

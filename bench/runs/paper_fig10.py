@@ -12,7 +12,7 @@ from bench.measure.comparison import Comparison
 from bench.measure.footprint import tensor_bytes
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import memory_table
+from bench.report import chapters
 from lmn_kernels import LogarithmicMixing
 
 from . import paper_fig9 as fig9
@@ -37,10 +37,7 @@ def state_rows(context: Context, length: int) -> list[Row]:
         {
             "provider": name, "operation": "layer", "mode": "sequential", "unit": "bytes", "peak_bytes": count,
             "dtype": str(context.dtype).removeprefix("torch."),
-            "shape": {
-                "name": str(length), "batch": 1, "length": length, "embedding": shape.embedding,
-                "heads": shape.heads, "bank": shape.bank,
-            },
+            "shape": fig9.of_length(length).row(),
         }
         for name, count in held.items()
     ]  # fmt: skip
@@ -60,6 +57,4 @@ def cases(context: Context) -> list[Case]:
     return found
 
 
-def show(rows: list[Row]) -> str:
-    modes = ("parallel", "sequential")
-    return "\n\n".join(f"{mode}:\n{memory_table([row for row in rows if row['mode'] == mode])}" for mode in modes)
+show = chapters.memory

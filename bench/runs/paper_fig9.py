@@ -21,7 +21,7 @@ from bench.measure.gate import FORWARD
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
 from bench.measure.timing import spread
-from bench.report.terminal import timed_table
+from bench.report import chapters
 from lmn_kernels import LogarithmicMixing
 from lmn_kernels.backend.choice import why_not
 
@@ -43,10 +43,13 @@ def lengths(context: Context) -> list[int]:
     return [1 << power for power in range(SHORTEST, (QUICK_LONGEST if context.quick else LONGEST) + 1)]
 
 
+def of_length(length: int) -> Shape:
+    return replace(SHAPE, name=str(length), length=length)
+
+
 def parallel(context: Context, length: int) -> Comparison:
-    shape = replace(SHAPE, name=str(length), length=length)
     limits = Limits(0.5, 0.1, least=2) if context.quick else Limits(20, 1.0, least=3)
-    return compare(context, "layer", shape, PARALLEL, (FORWARD,), limits)
+    return compare(context, "layer", of_length(length), PARALLEL, (FORWARD,), limits)
 
 
 def in_parallel(row: Row) -> Row:
@@ -126,10 +129,7 @@ class Sequential:
             head: Row = {
                 "provider": name, "operation": "layer", "mode": "sequential", "direction": FORWARD,
                 "dtype": str(self.context.dtype).removeprefix("torch."),
-                "shape": {
-                    "name": str(self.length), "batch": 1, "length": self.length, "embedding": SHAPE.embedding,
-                    "heads": SHAPE.heads, "bank": SHAPE.bank,
-                },
+                "shape": of_length(self.length).row(),
             }  # fmt: skip
             if name == OURS:
                 head["backend"] = self.step_backend
@@ -177,6 +177,4 @@ def cases(context: Context) -> list[Case]:
     return found
 
 
-def show(rows: list[Row]) -> str:
-    modes = ("parallel", "sequential")
-    return "\n\n".join(f"{mode}:\n{timed_table([row for row in rows if row['mode'] == mode])}" for mode in modes)
+show = chapters.paper_fig9

@@ -17,7 +17,7 @@ from bench.measure.contender import OURS
 from bench.measure.gate import FORWARD, TRAINING
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
-from bench.report.terminal import slope_table, timed_table
+from bench.report import chapters
 
 # Of compiled forms every length is a compilation of its own; they are in `kernels`.
 PROVIDERS = (
@@ -87,5 +87,4 @@ def slopes(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def show(rows: list[Row]) -> str:
-    return timed_table(rows) + "\n\n" + slope_table(rows)
+show = chapters.scaling

@@ -13,6 +13,7 @@ from bench.lm.checkpoint import Checkpoint
 from bench.lm.corpora import Corpus
 from bench.lm.models import LogMem
 from bench.measure.journal import Row
+from bench.report.tables import number
 from bench.runs import agreement
 from lmn_kernels import LogarithmicMemory
 from tests.support.paper import context_of, rows_of, train
@@ -44,7 +45,7 @@ def test_rehearsal_of_the_agreement(text: Path, tmp_path: Path, monkeypatch: pyt
         else:
             assert row["max_difference"] > 1e-4  # it was bfloat16
     shown = agreement.show(rows)
-    assert "freshly initialised" in shown and f"{rows[0]['max_difference']:.3g}" in shown
+    assert "freshly initialised" in shown and number(rows[0]["max_difference"]) in shown
 
 
 def test_a_step_that_errs_is_found(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_the_table_s_checkpoint_is_the_default(text: Path, tmp_path: Path, tiny:
     assert {row["tokens"] for row in rows} == {70}
     assert rows[0]["max_difference"] < 1e-4 and rows[0]["model"] == "logmem"
     assert rows[0]["trained_steps"] == 4 and "label" not in rows[0]
-    assert "trained for 4 steps" in agreement.show(rows)
+    assert "Model: logmem, 4 steps." in agreement.show(rows)
     saved = Checkpoint.load(path)
     subject = agreement._subject(context_of("agreement", tmp_path, "--data", str(text), quick=False))
     assert torch.equal(subject.model.state_dict()["head.weight"], saved.model["head.weight"])

@@ -47,7 +47,7 @@ def test_a_rehearsal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         assert row["unit"] == "ms" and row["median"] > 0 and row["peak_bytes"] > 0
         assert row["error"] <= row["tolerance"] and ("saved_bytes" in row) == (row["direction"] == "training")
     shown = capsys.readouterr().out
-    assert "(B, T, M, E, heads, D)" in shown and "look-ahead layer (1, 6, 9, 8, 2, 4) training" in shown
+    assert "(B; T; M; E; heads; D)" in shown and "look-ahead layer (1, 6, 9, 8, 2, 4) training" in shown
     assert len(re.findall(r"^look-ahead .*: time .*x; the bar is (?:met|missed)$", shown, re.M)) == 4
     # A part of it.
     one = ["--operations", "look-ahead layer"]
