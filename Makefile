@@ -17,7 +17,7 @@ TESTS = -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 # The definition, the reference, operations, layers, states, the step, and the rules of the house.
 CORE := tests/ops tests/layers tests/states tests/kernels tests/packaging tests/bench/test_close.py
 # Triton's interpreter is chosen when Triton is imported, so it takes processes of its own.
-INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m interpret $(TESTS)
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu -m interpret $(TESTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ demo: $(READY) ## train a small language model on Python's own sources
 
 bench: $(READY) ## the quick form of the runs that compare speed and memory, and what can run here
 	$(BIN)/python -m bench list
-	for run in kernels decode scaling memory lamemo; do $(BIN)/python -m bench $$run --quick || exit; done
+	for run in kernels decode scaling crossover memory lamemo; do $(BIN)/python -m bench $$run --quick || exit; done
 
 cuda-build: ## compile the CUDA half for all architectures, without a GPU (about 5 GB of packages)
 	@test -x .venv-cuda/bin/ninja || { $(PYTHON) -m venv .venv-cuda && \

@@ -23,11 +23,11 @@ from .measure.runner import Context, Run, execute
 from .report import report
 
 RUNS = (
-    "kernels", "decode", "scaling", "memory", "paper-table1", "paper-fig9", "paper-fig10", "recall", "agreement",
-    "lamemo", "lamemo-training",
+    "kernels", "decode", "scaling", "crossover", "memory", "paper-table1", "paper-fig9", "paper-fig10", "recall",
+    "agreement", "lamemo", "lamemo-training",
 )  # fmt: skip
 RESULTS, QUICK_RESULTS, SCRATCH = Path("bench/results"), Path("runs/bench/quick"), Path("runs/bench")
-_GENERAL = ("run", "quick", "device", "results", "scratch", "fresh", "dtype", "backend")
+_GENERAL = ("run", "quick", "rehearse", "device", "results", "scratch", "fresh", "only", "commit", "dtype", "backend")
 
 
 def load(name: str) -> Run:
@@ -65,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
 def _general(one: argparse.ArgumentParser) -> None:
     add = one.add_argument
     add("--quick", action="store_true", help="small, under two minutes: a check that it runs")
+    add("--rehearse", action="store_true", help="with the cases of a GPU, tiny, on whatever device there is")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 elsewhere")
     add("--backend", choices=("reference", "triton"), help="of our own path; default: triton on a GPU")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
-    add("--only", nargs="+", metavar="TEXT", help="cases whose name holds one of these")
+    add("--only", nargs="+", metavar="TEXT", help="of the missing cases those whose name holds one of these")
     add("--fresh", action="store_true", help="begin anew where an interrupted run could go on")
+    add("--commit", help="of this code, to record where the checkout is no git repository")
     add("--results", type=Path, help=f"folder of the rows (default: {RESULTS}; with --quick {QUICK_RESULTS})")
     add("--scratch", type=Path, help=f"folder of checkpoints (default: {SCRATCH}/RUN)")
 
@@ -92,14 +94,17 @@ def context(given: argparse.Namespace) -> Context:
     on_gpu = device.type == "cuda"
     dtype = given.dtype or ("bfloat16" if on_gpu else "float32")
     scratch = (given.scratch or SCRATCH) / given.run
+    quick = given.quick or given.rehearse
     return Context(
         device=device,
         dtype=getattr(torch, dtype),
         backend=given.backend or ("triton" if on_gpu else "reference"),
-        quick=given.quick,
-        results=given.results or (QUICK_RESULTS if given.quick else RESULTS),
-        scratch=scratch / "quick" if given.quick else scratch,
+        quick=quick,
+        results=given.results or (QUICK_RESULTS if quick else RESULTS),
+        scratch=scratch / "quick" if quick else scratch,
         options={name: value for name, value in vars(given).items() if name not in _GENERAL},
+        rehearsed=given.rehearse,
+        commit=given.commit,
     )
 
 
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(given: argparse.Namespace) -> None:
     chosen, module = context(given), load(given.run)
-    journal = execute(given.run, module, chosen, given.fresh)
+    journal = execute(given.run, module, chosen, given.fresh, given.only)
     print(f"{chosen.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {journal.path}")
     print(module.show(journal.rows))
 

@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+from tests.support.allocations import filled
+
 with contextlib.suppress(ImportError):
     # The C++ compilation of torch.compile imports it, and it refuses to follow the library's own distutils.
     import setuptools  # noqa: F401
@@ -35,10 +37,5 @@ def _frozen():
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
     """Every ``torch.empty`` holds NaN (the largest integer for integers), in all tests (R7)."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    with filled(True):
+        yield

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lmn_kernels import LogarithmicMixing, MemoryState
 
-PARTS = ("weight", "bias")
+from .streams import PARTS, Projections
 
 
 class AtenStep:
@@ -27,9 +27,9 @@ class AtenStep:
         self.fused = fused
         sva, summarizer = layer.sva, layer.summarizer
         self.heads, self.bank, self.size = layer.heads, layer.bank, layer.embedding
-        self.qkv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.k, sva.v)]) for name in PARTS)
+        projections = Projections(layer)
+        self.qkv, self.out = projections.qkv, projections.out
         self.qv = tuple(torch.cat([getattr(part, name) for part in (sva.q, sva.v)]) for name in PARTS)
-        self.out = sva.out_proj.weight, sva.out_proj.bias
         merge = summarizer.merge()  # type: ignore
         self.weight, self.bias = merge.weight[:, 0], merge.bias[:, None]
         # Of one bank: as a matrix that torch multiplies with a vector without turning it first.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.measure.contender import OURS, BaseProblem, Form, Provider, Size
 from lmn_kernels import LookAheadMemoryLayer, look_ahead_attend
 from lmn_kernels.layers.look_ahead import Reach
 from python_ref import look_ahead_definition as definition
@@ -24,9 +25,7 @@ from python_ref.precision import compute_dtype
 
 from . import look_ahead_literal as literal
 from .compiled import compile_whole
-from .problems import BaseProblem, Form
-from .provider import OURS, Provider, compile_mode, no_compiler, ours_missing, own
-from .shapes import Size
+from .provider import compile_mode, no_compiler, ours_missing, own
 
 ATTENTION, LAYER = "look-ahead attention", "look-ahead layer"
 OPERATIONS = (ATTENTION, LAYER)
@@ -42,6 +41,10 @@ class LookAheadShape(Size):
     heads: int
     head_size: int
     feedforward: int
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.keys * self.embedding
 
     @property
     def keys(self) -> int:
@@ -173,14 +176,13 @@ class LookAheadProblem(BaseProblem):
         last = {ATTENTION: 1, LAYER: 2}[self.operation]
         return compute_dtype(self.dtype) if index == last else self.dtype
 
-    def exact(self) -> LookAheadProblem:
-        """The same numbers in float64, served by the reference."""
-        twin = super().exact()
-        twin.layer = copy.deepcopy(self.layer).double()
+    def exact(self, dtype: torch.dtype = torch.float64) -> LookAheadProblem:
+        twin = super().exact(dtype)
+        twin.layer = copy.deepcopy(self.layer).to(dtype)
         twin.layer.dec_attn.backend = "reference"
-        twin.output, twin.lse, twin.distances = (part.double() for part in (self.output, self.lse, self.distances))
+        twin.output, twin.lse, twin.distances = (part.to(dtype) for part in (self.output, self.lse, self.distances))
         twin.x, twin.bias, twin.q, twin.kv, twin.table, twin.segment_q = (
-            self._leaf(tensor.double()) for tensor in (self.x, self.bias, self.q, self.kv, self.table, self.segment_q)
+            self._leaf(tensor.to(dtype)) for tensor in (self.x, self.bias, self.q, self.kv, self.table, self.segment_q)
         )
         return twin
 

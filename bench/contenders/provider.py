@@ -1,52 +1,13 @@
-"""What a contender is: one way of doing an operation, and the oracle that its result must agree with."""
+"""What providers have in common: forms of our own network, and why one cannot run here."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from bench.measure.contender import BaseProblem, Form, Outputs
 from lmn_kernels.backend.choice import why_not
-
-from .problems import BaseProblem, Form, Outputs
-
-OURS = "ours"
-
-Oracle = Callable[[Any, Tensor | None], Outputs]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A contender for one operation. Its functions take the kind of problem that the operation has.
-
-    Attributes:
-        name: as in tables.
-        build: its way of doing the operation.
-        oracle: ``(problem in float64, positions [P] or None for all) → what is expected there``.
-        missing: why it cannot run here, or None.
-        no_training: why it has no backward here, or None.
-        ours: whether it computes what our path does, so that our floor is its floor.
-        by_position: whether its result is ``[B, L, …]``, so that the oracle may be asked for some positions.
-        nodes: where its result is the matrix of a tree's nodes, how many of the rows are nodes.
-        token_by_token: whether its oracle is a loop over tokens, and asked for the first of long sequences only.
-        growth: power of L with which its time grows.
-        peak_bytes: a prediction for bfloat16, from the shape, where it is known to be large.
-    """
-
-    name: str
-    build: Callable[[Any], Form]
-    oracle: Oracle
-    missing: Callable[[Any], str | None] = lambda problem: None
-    no_training: Callable[[Any], str | None] = lambda problem: None
-    ours: bool = True
-    by_position: bool = True
-    nodes: Callable[[Any], int] | None = None
-    token_by_token: bool = False
-    growth: float = 1.0
-    peak_bytes: Callable[[Any], float] | None = None
 
 
 def own(call: Callable[[Any], Outputs]) -> Callable[[Any], Form]:

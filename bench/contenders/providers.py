@@ -8,32 +8,29 @@ why. LaMemo's are in `bench.contenders.look_ahead`.
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
+from bench.measure.comparison import Comparison, Limits
+from bench.measure.contender import OURS, BaseProblem, Form, Oracle, Outputs, Provider, Size
+from bench.measure.runner import Context
 from lmn_kernels import attend, build_tree
 
-from . import attention as causal
-from . import flex, linear_attention, materialized, node_level, recurrent
+from . import flex, materialized, node_level
 from .compiled import compile_whole
 from .look_ahead import OPERATIONS as LOOK_AHEAD
 from .look_ahead import LookAheadProblem
 from .look_ahead import registry as look_ahead_registry
-from .problems import OPERATIONS, BaseProblem, Form, Outputs, Problem
-from .provider import OURS, Oracle, Provider, compile_mode, no_compiler, ours_missing, own
+from .peers import at, attention_peers, layer_peers, rows_of
+from .problems import OPERATIONS, Problem
+from .provider import compile_mode, no_compiler, ours_missing, own
 from .shapes import Shape, naive_peak_bytes
 
 # Tokens of a sequence up to which an oracle may be of the materialising kind.
 ANOTHER_ROUTE = 1 << 12
-
-
-def _at(y: Tensor, positions: Tensor | None) -> Tensor:
-    return y if positions is None else y[:, positions]
 
 
 def _attention_rows(call: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
@@ -100,7 +97,15 @@ def _compiled_mix(mode: str | None) -> Callable[..., Tensor]:
 
 
 def _compiled_layer(problem: Problem) -> Tensor:
+    return materialized_layer(problem, _compiled_mix(None))
+
+
+def _autotuned_layer(problem: Problem) -> Tensor:
     return materialized_layer(problem, _compiled_mix(compile_mode(problem)))
+
+
+def _no_tuning(problem: Problem) -> str | None:
+    return no_compiler(problem) or (None if problem.device.type == "cuda" else "torch.compile tunes for GPUs alone")
 
 
 def _flex_attention(problem: Problem) -> Form:
@@ -145,117 +150,17 @@ def _expected_product(problem: Problem, positions: Tensor | None) -> Tensor:
     return torch.einsum("ij,jk->ik", factors.left, factors.right)
 
 
-# Attention, and what is recurrent.
-
-_SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-math": SDPBackend.MATH,
-}
-
-
-def _causal_attention(backend: SDPBackend) -> Callable[[Problem], Form]:
-    def build(problem: Problem) -> Form:
-        leaves = {"token_qkv": problem.token_qkv}
-        return Form(lambda: causal.attention(problem, problem.token_qkv, backend), leaves)
-
-    return build
-
-
-def _causal_layer(backend: SDPBackend) -> Callable[[Problem], Form]:
-    def build(problem: Problem) -> Form:
-        sva = problem.layer.sva
-
-        def call() -> Tensor:
-            return sva.out_proj(causal.attention(problem, causal.project(problem), backend)).view_as(problem.x)
-
-        return Form(call, {"x": problem.x, **problem.weights})
-
-    return build
-
-
-def _expected_causal_attention(problem: Problem, positions: Tensor | None) -> Tensor:
-    every = torch.arange(problem.shape.length, device=problem.device)
-    return causal.definition(problem, problem.token_qkv, every if positions is None else positions)
-
-
-def _expected_causal_layer(problem: Problem, positions: Tensor | None) -> Tensor:
-    every = torch.arange(problem.shape.length, device=problem.device)
-    mixed = causal.definition(problem, causal.project(problem), every if positions is None else positions)
-    return problem.layer.sva.out_proj(mixed)
-
-
-def _sdpa_missing(backend: SDPBackend) -> Callable[[Problem], str | None]:
-    def missing(problem: Problem) -> str | None:
-        if backend == SDPBackend.CUDNN_ATTENTION and problem.device.type != "cuda":
-            return "cuDNN serves NVIDIA GPUs alone"
-        if backend == SDPBackend.CUDNN_ATTENTION and problem.dtype == torch.float32:
-            return "cuDNN's attention takes 16-bit dtypes alone"
-        return None
-
-    return missing
-
-
-def _math_bytes(shape: Shape) -> float:
-    """Scores, weights and a gradient."""
-    return 2 * 3 * shape.batch * shape.heads * shape.length**2
-
-
-def _recurrent_module(problem: Problem, kind: type[nn.GRU] | type[nn.LSTM]) -> nn.GRU | nn.LSTM:
-    size = problem.shape.embedding
-    made = problem.module(kind.__name__, lambda: kind(size, size, batch_first=True))
-    return cast("nn.GRU | nn.LSTM", made)
-
-
-def _recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem], Form]:
-    def build(problem: Problem) -> Form:
-        module = _recurrent_module(problem, kind)
-        return Form(lambda: module(problem.x)[0], {"x": problem.x, **dict(module.named_parameters())})
-
-    return build
-
-
-def _until(problem: Problem, positions: Tensor | None) -> Tensor:
-    """The tokens that the results at ``positions`` depend on."""
-    return problem.x if positions is None else problem.x[:, : int(positions.max()) + 1]
-
-
-def _expected_recurrent(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[Problem, Tensor | None], Tensor]:
-    return lambda problem, positions: _at(
-        recurrent.definition(_recurrent_module(problem, kind), _until(problem, positions)), positions
-    )
-
-
-def _fla_module(problem: Problem, name: str) -> linear_attention.Layer:
-    kind = linear_attention.KINDS[name]
-    made = problem.module(name, lambda: linear_attention.Layer(kind, problem.shape.embedding))
-    return cast(linear_attention.Layer, made)
-
-
-def _fla(name: str) -> Callable[[Problem], Form]:
-    def build(problem: Problem) -> Form:
-        module = _fla_module(problem, name)
-        return Form(lambda: module(problem.x), {"x": problem.x, **dict(module.named_parameters())})
-
-    return build
-
-
-def _expected_fla(name: str) -> Callable[[Problem, Tensor | None], Tensor]:
-    return lambda problem, positions: _at(
-        _fla_module(problem, name)(_until(problem, positions), literally=True), positions
-    )
-
-
-def _fla_missing(problem: Problem) -> str | None:
-    if importlib.util.find_spec("fla") is None:
-        return "flash-linear-attention is not installed"
-    if problem.device.type != "cuda":
-        return "flash-linear-attention's kernels need a GPU"
-    return None
-
-
 def _gathered(problem: Problem) -> Tensor:
     return node_level.attention(problem, problem.token_qkv, problem.node_qv)
+
+
+def our_output(problem: Problem) -> Tensor:
+    return problem.layer.sva.out_proj(problem.mixed)
+
+
+def _expected_output(problem: Problem) -> Tensor:
+    out = problem.layer.sva.out_proj
+    return torch.einsum("tj,ij->ti", problem.mixed, out.weight) + out.bias
 
 
 def _expected_projections(problem: Problem) -> tuple[Tensor, ...]:
@@ -273,17 +178,17 @@ def _by_another_route(
     def expected(problem: Problem, positions: Tensor | None) -> Tensor:
         if problem.shape.length > ANOTHER_ROUTE:
             return reference(problem, positions)
-        return _at(other(problem), positions)
+        return at(other(problem), positions)
 
     return expected
 
 
 def _registry() -> dict[str, dict[str, Provider]]:
     def attention_at(problem: Problem, positions: Tensor | None) -> Tensor:
-        return _at(_attention_rows(our_attention)(problem), positions)
+        return at(_attention_rows(our_attention)(problem), positions)
 
     def layer_at(problem: Problem, positions: Tensor | None) -> Tensor:
-        return _at(our_layer(problem), positions)
+        return at(our_layer(problem), positions)
 
     def tree_of(problem: Problem, positions: Tensor | None) -> Tensor:
         return our_tree(problem)
@@ -311,6 +216,7 @@ def _registry() -> dict[str, dict[str, Provider]]:
         Provider("one product", _product, _expected_product, ours=False, by_position=False),
     ]
     projections = [Provider(OURS, own(our_projections), expected["projections"], by_position=False)]
+    output = [Provider(OURS, own(our_output), lambda problem, _: _expected_output(problem), by_position=False)]
 
     attention = [
         Provider(OURS, own(_attention_rows(our_attention)), expected["attention"], ours_missing("attend")),
@@ -318,7 +224,7 @@ def _registry() -> dict[str, dict[str, Provider]]:
             "node-level", own(_attention_rows(_gathered)), ours["attention"],
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
-        Provider("FlexAttention", _rows_of(_flex_attention), expected["attention"], no_compiler, _no_flex_backward),
+        Provider("FlexAttention", rows_of(_flex_attention), expected["attention"], no_compiler, _no_flex_backward),
     ]  # fmt: skip
     layer = [
         Provider(OURS, own(our_layer), expected["layer"], ours_missing("attend")),
@@ -330,40 +236,17 @@ def _registry() -> dict[str, dict[str, Provider]]:
             "materialised, compiled", own(_compiled_layer), ours["layer"], no_compiler,
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
+        Provider(
+            "materialised, autotuned", own(_autotuned_layer), ours["layer"], _no_tuning,
+            growth=1.1, peak_bytes=naive_peak_bytes,
+        ),
         Provider("node-level", own(node_level.layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes),
         Provider("FlexAttention", _flex_layer, expected["layer"], no_compiler, _no_flex_backward),
     ]  # fmt: skip
-    for name, backend in _SDPA.items():
-        peak = _math_bytes if backend == SDPBackend.MATH else None
-        missing = _sdpa_missing(backend)
-        attention.append(
-            Provider(
-                name, _rows_of(_causal_attention(backend)), _expected_causal_attention, missing,
-                ours=False, growth=2, peak_bytes=peak,
-            )
-        )  # fmt: skip
-        layer.append(
-            Provider(
-                name, _causal_layer(backend), _expected_causal_layer, missing, ours=False, growth=2, peak_bytes=peak
-            )
-        )
-    for name in linear_attention.KINDS:
-        layer.append(Provider(name, _fla(name), _expected_fla(name), _fla_missing, ours=False, token_by_token=True))
-    for name, kind in (("GRU", nn.GRU), ("LSTM", nn.LSTM)):
-        layer.append(Provider(name, _recurrent(kind), _expected_recurrent(kind), ours=False, token_by_token=True))
-    every = {"tree": tree, "projections": projections, "attention": attention, "layer": layer}
+    attention += attention_peers()
+    layer += layer_peers()
+    every = {"tree": tree, "projections": projections, "attention": attention, "output": output, "layer": layer}
     return {operation: {p.name: p for p in providers} for operation, providers in every.items()}
-
-
-def _rows_of(build: Callable[[Problem], Form]) -> Callable[[Problem], Form]:
-    """A form whose ``[B·L, E]`` result is seen as ``[B, L, E]``."""
-
-    def rows(problem: Problem) -> Form:
-        form = build(problem)
-        shape = problem.shape
-        return Form(lambda: cast(Tensor, form.call()).view(shape.batch, shape.length, -1), form.leaves)
-
-    return rows
 
 
 REGISTRY = {**_registry(), **look_ahead_registry()}
@@ -371,3 +254,17 @@ REGISTRY = {**_registry(), **look_ahead_registry()}
 PROBLEMS: dict[str, type[BaseProblem]] = {
     **dict.fromkeys(OPERATIONS, Problem), **dict.fromkeys(LOOK_AHEAD, LookAheadProblem)
 }  # fmt: skip
+
+
+def compare(
+    context: Context,
+    operation: str,
+    shape: Size,
+    names: Iterable[str],
+    directions: Sequence[str],
+    limits: Limits,
+    mode: str | None = None,
+) -> Comparison:
+    """Providers of an operation, by name, at a shape; ours comes first."""
+    providers = [REGISTRY[operation][name] for name in names]
+    return Comparison(context, operation, shape, PROBLEMS[operation], providers, directions, limits, mode)

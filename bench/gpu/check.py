@@ -1,80 +1,105 @@
-"""One command on one GPU, without a network: is it right, and, only if it is, how fast.
+"""One command on one GPU, without a network: is it right, and how fast is what is right.
 
     python -m bench.gpu.check --out DIR
+    python -m bench.gpu.check --out DIR --part first              five minutes, the most telling ones
     python -m bench.gpu.check --out DIR --device cpu --quick      a rehearsal on a CPU, in a minute
 
-Writes DIR/gpu_check.json (cpu_check.json for a rehearsal), whole or not at all, after every stage, and the
-stages' own output to DIR/log.txt; a short table comes last. Exit status: 0, 1 (a stage failed or did not
-end), 2 (bad arguments, or no CUDA device), 130 (Ctrl-C).
+Checks are the tests of tests/gpu and of the kernels; timings are cases of the runs of `python -m bench`, each of which
+is compared with its own oracle before it is timed. Their rows are journals in DIR/results, which a later part goes on
+with, and which `python -m bench report` reads. DIR/gpu_check.json (cpu_check.json for a rehearsal) is written, whole or
+not at all, after every stage, and the stages' own output to DIR/log.txt; a short table comes last. Exit status: 0, 1 (a
+stage failed or did not end), 2 (bad arguments, or no CUDA device), 130 (Ctrl-C).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.contenders.shapes import DIRECTIONS, GOALS, NOT_MEASURED, STAGES, Shape, floor_ms
 from bench.errors import RunError
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
+from bench.measure.journal import Row, read
+from bench.report.goals import NOT_MEASURED, goal_rows
+from bench.report.tables import number
 
-from . import (
-    configs as gpu_configs,
-)
-from . import (
-    correctness as gpu_correctness,
-)
-from . import (
-    decode as gpu_decode,
-)
-from . import (
-    decode_timings as gpu_decode_timings,
-)
-from . import (
-    look_ahead as gpu_look_ahead,
-)
-from . import (
-    programs as gpu_programs,
-)
-from . import (
-    timings as gpu_timings,
-)
+from .programs import facts, runs, sanitizer, tests
 from .stage import Outcome, Settings, Stage, run_stage
 
-FORMAT, VERSION = "lmn_kernels.gpu_check", 1
-BUDGET = 520.0
+FORMAT, VERSION = "lmn_kernels.gpu_check", 2
+# Seconds: a quarter of an hour, less the start of a machine. A part fits a command of ten minutes.
+BUDGET = 840.0
+# Of a rehearsal, which takes its turns with whatever else the CPU does.
+PATIENCE = 4
+PARTS = {
+    "first": "what shows a fault soonest, and the figures that goals are about",
+    "second": "every check",
+    "third": "the sanitizer, and what takes long to time",
+}
+KERNELS = [f"tests/kernels/test_triton_{name}.py" for name in ("attention", "look_ahead", "tree")]
+OPS = [f"tests/ops/test_{name}.py" for name in ("golden", "look_ahead_golden", "reference", "step", "step_precision")]
+CONFIGURATIONS, LAYERS, LOOK_AHEAD, LARGE, STEP = (
+    [f"tests/gpu/test_{name}.py"] for name in ("configurations", "layers", "look_ahead", "large", "step")
+)
+OPERATIONS = ("tree", "projections", "attention", "output")
+
+
+def _tests(files: Sequence[str], *chosen: str) -> partial[None]:
+    return partial(tests, tuple(files), ("-m", "gpu", *chosen))
+
+
+def _forms(operations: Sequence[str], shapes: str, group: str = "forms") -> partial[None]:
+    return partial(runs, "kernels", tuple(f"{name}/{shape}/{group}" for shape in shapes for name in operations))
+
 
 ALL = [
-    Stage("facts", "device, driver, versions, commit, clocks", "facts", 30, gpu_programs.facts),
-    Stage("tests", "the kernels' tests", "check", 180, gpu_programs.tests),
-    Stage("configs", "every configuration of every kernel, alone", "check", 110, gpu_configs.configurations, 8),
-    Stage("poison", "results do not depend on uninitialised memory", "check", 50, gpu_correctness.poison, 4),
-    Stage("determinism", "20 equal runs", "check", 50, gpu_correctness.determinism),
-    Stage("layers", "layers in every form against float64; side streams", "check", 90, gpu_correctness.layers, 8),
-    Stage("look_ahead", "LaMemo's kernels and models, each run again", "check", 80, gpu_look_ahead.look_ahead, 8),
-    Stage("large", "past 2^31 elements and 65,535 sequences", "check", 50, gpu_correctness.large),
-    Stage("decode", "the extension's step against float64 and itself", "check", 60, gpu_decode.decode, 4),
-    Stage("replay", "a step as a CUDA graph, replayed 1,000 times", "check", 40, gpu_decode.replay),
-    Stage("sanitizer", "compute-sanitizer, where it is installed", "check", 80, gpu_programs.sanitizer),
-    Stage("ceilings", "copy bandwidth and matrix products of this run", "timing", 30, gpu_timings.ceilings),
-    Stage("kernels", "stages of a layer one by one", "timing", 60, gpu_timings.kernels),
-    Stage("time_layers", "layers against the materialising form, with memory", "timing", 70, gpu_timings.layers),
-    Stage("attention", "layers against causal attention, flash and cuDNN", "timing", 70, gpu_timings.attention),
-    Stage("time_look_ahead", "LaMemo against the literal form", "timing", 60, gpu_look_ahead.time_look_ahead),
-    Stage("time_decode", "a token against attention over a KV cache", "timing", 100, gpu_decode_timings.time_decode),
-    Stage("small", "shape P, eager and as CUDA graphs", "timing", 40, gpu_timings.small),
-    Stage("scaling", "8k to 1M tokens", "timing", 40, gpu_timings.scaling),
-    Stage("compiled", "the materialising form under torch.compile", "timing", 120, gpu_timings.compiled),
-]
+    Stage("facts", "device, driver, versions, commit, clocks", "facts", 15, facts),
+    Stage("smoke", "a case of every kernel", "check", 45,
+          partial(tests, (*CONFIGURATIONS, *LAYERS, *LOOK_AHEAD, *STEP), ("-m", "smoke")), 12),
+    Stage("kernels", "parts of a layer, forward and backward, at C and D", "timing", 45, _forms(OPERATIONS, "CD")),
+    Stage("time_layers", "layers and the materialising form at C and D, with memory", "timing", 45,
+          _forms(("layer",), "CD")),
+    Stage("small", "shapes P and A, eager and as CUDA graphs", "timing", 35, _forms(("layer", *OPERATIONS), "PA")),
+    Stage("time_decode", "a token against attention over a KV cache", "timing", 30,
+          partial(runs, "decode", ("E=1024/B=1", "E=1024/B=32"))),
+    Stage("attention", "the layer beside flash and cuDNN at C", "timing", 20, _forms(("layer",), "C", "attention")),
+    Stage("repeats", "equal runs, side streams, a step as a CUDA graph", "check", 30,
+          _tests([*LAYERS, *STEP], "-k", "equal_runs or side_stream or captured"), 4),
+    Stage("bfloat16", "every configuration in bfloat16", "check", 35, _tests(CONFIGURATIONS, "-k", "bfloat16"), 14),
+    Stage("tests", "the kernels' tests", "check", 80,
+          partial(tests, ("tests/bench/test_close.py", *OPS, *KERNELS), ()), 12, "second"),
+    Stage("configs", "every other configuration", "check", 50,
+          _tests(CONFIGURATIONS, "-k", "not bfloat16"), 14, "second"),
+    Stage("poison", "results do not depend on uninitialised memory", "check", 20,
+          _tests(LAYERS, "-k", "uninitialised"), 4, "second"),
+    Stage("layers", "layers in every form against float64", "check", 40, _tests(LAYERS, "-k", "float64"), 12, "second"),
+    Stage("look_ahead", "LaMemo's kernels and models, each run again", "check", 35, _tests(LOOK_AHEAD), 12, "second"),
+    Stage("large", "past 2^31 elements and 65,535 sequences", "check", 25, _tests(LARGE), 1, "second"),
+    Stage("decode", "the extension's step against float64 and itself", "check", 35,
+          _tests(STEP, "-k", "float64"), 4, "second"),
+    Stage("sanitizer", "compute-sanitizer, where it is installed", "check", 50, sanitizer, 1, "third"),
+    Stage("scaling", "ours from 8k to 1M tokens", "timing", 25, partial(runs, "scaling", ("ours/",)), 1, "third"),
+    Stage("long", "layers at M", "timing", 15, _forms(("layer",), "M"), 1, "third"),
+    Stage("compiled", "the materialising form under torch.compile at C", "timing", 35,
+          _forms(("layer",), "C", "compiled"), 1, "third"),
+    Stage("time_look_ahead", "LaMemo against the literal form", "timing", 35, partial(runs, "lamemo", ("look-ahead",)),
+          1, "third"),
+    Stage("all_decode", "a token at every size", "timing", 35, partial(runs, "decode", ("E=",)), 1, "third"),
+    Stage("crossover", "rows of ever more tokens beside flash and cuDNN", "timing", 20,
+          partial(runs, "crossover", ("layer/",)), 1, "third"),
+    Stage("linear", "layers beside linear attention at C", "timing", 15, _forms(("layer",), "C", "linear"), 1, "third"),
+    Stage("beside", "the layer beside flash and cuDNN at D and A", "timing", 15, _forms(("layer",), "DA", "attention"),
+          1, "third"),
+]  # fmt: skip
 
 
 def gate(outcomes: list[Outcome], stages: list[Stage]) -> str:
@@ -85,33 +110,13 @@ def gate(outcomes: list[Outcome], stages: list[Stage]) -> str:
     return "green" if {stage.name for stage in stages if stage.kind == "check"} <= done else "incomplete"
 
 
-def measured(outcomes: list[Outcome]) -> dict[str, float]:
-    rows = [row for outcome in outcomes for row in outcome.rows]
-    return {row["key"]: row["value"] for row in rows if isinstance(row.get("value"), int | float)}
-
-
-def goal_rows(values: Mapping[str, float], settings: Settings) -> list[dict[str, Any]]:
-    """Every goal with what was measured; whether it is met, only for the real shapes on a GPU."""
-    shapes, real = gpu_timings.shapes_of(settings), settings.device == "cuda" and not settings.quick
-    rows = []
-    for goal in GOALS:
-        value = goal.measure(values, shapes)
-        met = goal.met(value) if real and value is not None else None
-        shown = value if value is None or math.isfinite(value) else str(value)
-        row = {"goal": goal.number, "what": goal.what, "bar": goal.bar, "limit": goal.limit}
-        rows.append(row | {"measured": shown, "met": met})
-    return rows
-
-
-def floor_shares(values: Mapping[str, float], shapes: Mapping[str, Shape]) -> list[dict[str, Any]]:
-    """Every timed stage of a layer against its roofline by the run's own ceilings."""
-    rows = []
-    for shape, way, stage in itertools.product(shapes.values(), DIRECTIONS, STAGES):
-        ms = values.get(f"kernel/{stage} {way}/{shape.name}")
-        if ms and "copy" in values and "product" in values:
-            share = floor_ms(shape, stage, way, values["product"], values["copy"]) / ms
-            rows.append({"shape": shape.name, "direction": way, "stage": stage, "ms": ms, "floor_share": share})
-    return rows
+def measured(out: Path) -> dict[str, list[Row]]:
+    """Rows of every run below the check's folder, those of its newest invocation."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for path in sorted((out / "results").glob("*.jsonl")):
+        for invocation in read(path)[-1:]:
+            found[path.stem] = invocation.rows
+    return found
 
 
 class Check:
@@ -124,7 +129,7 @@ class Check:
         budget: seconds; no stage starts past them, and none goes on past them.
     """
 
-    def __init__(self, settings: Settings, stages: list[Stage], only: list[str] | None, budget: float):
+    def __init__(self, settings: Settings, stages: list[Stage], only: Sequence[str] | None, budget: float):
         self.settings, self.stages, self.budget = settings, stages, budget
         self.wanted = [stage for stage in stages if only is None or stage.name in only]
         self.outcomes: list[Outcome] = []
@@ -136,37 +141,30 @@ class Check:
 
     def run(self) -> None:
         for stage in self.wanted:
-            outcome = self._run(stage)
+            left = self.budget - (time.monotonic() - self.start)
+            if left > 0:
+                limit = stage.limit if self.settings.real else PATIENCE * stage.limit
+                outcome = run_stage(stage, self.settings, min(limit, left))
+            else:
+                outcome = Outcome(stage.name, stage.kind, "not run", f"the budget of {self.budget:g} s was spent")
             self.outcomes.append(outcome)
             write_file(self.path, (json.dumps(self.record(), indent=1, allow_nan=False) + "\n").encode())
             note = f": {_short(outcome.message, 300)}" if outcome.message else ""
             print(f"{stage.name:15} {outcome.status:12} {outcome.seconds:6.1f} s{note}", flush=True)
 
-    def _run(self, stage: Stage) -> Outcome:
-        left = self.budget - (time.monotonic() - self.start)
-        if left <= 0:
-            return Outcome(stage.name, stage.kind, "not run", f"the budget of {self.budget:g} s was spent")
-        red = [outcome.name for outcome in self.outcomes if outcome.red]
-        if stage.kind == "timing" and red:
-            return Outcome(stage.name, stage.kind, "not run", f"nothing is timed on a red gate: {', '.join(red)}")
-        return run_stage(stage, self.settings, min(stage.limit, left))
-
     def record(self) -> dict[str, Any]:
-        settings, values = self.settings, measured(self.outcomes)
-        real = settings.device == "cuda" and not settings.quick
+        settings = self.settings
         return {
             "format": FORMAT,
             "version": VERSION,
             "device": settings.device,
-            "backend": settings.backend,
             "quick": settings.quick,
-            "note": "" if real else "REHEARSAL on tiny shapes or a CPU: no number below is a result.",
+            "note": "" if settings.real else "REHEARSAL on tiny shapes or a CPU: no number below is a result.",
             "facts": next((row for outcome in self.outcomes if outcome.kind == "facts" for row in outcome.rows), {}),
             "gate": gate(self.outcomes, self.stages),
             "seconds": round(time.monotonic() - self.start, 1),
             "stages": [outcome.as_dict() for outcome in self.outcomes],
-            "floor_shares": floor_shares(values, gpu_timings.shapes_of(settings)),
-            "goals": goal_rows(values, settings),
+            "goals": goal_rows(measured(settings.out), settings.real),
             "not_measured": NOT_MEASURED,
         }
 
@@ -180,55 +178,74 @@ def _short(text: object, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def _number(value: object) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)
+def shares(rows: Sequence[Row]) -> list[str]:
+    """A line for each shape and direction: milliseconds of every part of a layer, and the share of its floor."""
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if row["provider"] == "ours" and "share" in row:
+            where = f"{row['shape']['name']} {row['direction']:8} {row.get('mode', '')}".rstrip()
+            told = f"{row['operation']} {row['median']:.4g} ms {row['share']:.0%}"
+            cells[where].setdefault(row["operation"], told)
+    return [f"{where} of the floor: {', '.join(found.values())}" for where, found in cells.items()]
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The end of the output: ceilings, shares of the floors, goals. At most some 6,000 characters."""
-    facts, values = record["facts"], {r["key"]: r["value"] for s in record["stages"] for r in s["rows"] if "key" in r}
-    commit = f"{_short(facts.get('commit'), 12)}{' and changes' if facts.get('dirty') else ''}"
+def decoding(rows: Sequence[Row]) -> list[str]:
+    """A line for each layer and batch: its time a token, and how much longer attention takes."""
+    cells: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        if "position" in row and "median" in row:
+            found = cells[f"B={row['shape']['batch']} E={row['shape']['embedding']}"]
+            n = row["position"]
+            if row["provider"] == "ours":
+                found[n] = f"{n >> 10}k {row['median']:.4g} us"
+            elif row["provider"] == "KV cache" and n in found:
+                found[n] += f" {row['ratio']:.3g}x"
+    return [f"decode {where}, against a KV cache: {', '.join(found.values())}" for where, found in cells.items()]
+
+
+def table(record: Mapping[str, Any], results: Mapping[str, Sequence[Row]]) -> str:
+    """The end of the output: ceilings, shares of the floors, goals. At most some 8,000 characters."""
+    told = record["facts"]
+    commit = f"{_short(told.get('commit'), 12)}{' and changes' if told.get('dirty') else ''}"
     lines = [
         *filter(None, [record["note"]]),
-        f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}, commit {commit}",
+        f"{told.get('device')}, torch {told.get('torch')}, Triton {told.get('triton')}, commit {commit}",
         f"gate: {record['gate']}, {record['seconds']} s",
     ]
-    if "copy" in values and "product" in values:
-        lines.append(f"copy {values['copy'] / 1e12:.3g} TB/s, product {values['product'] / 1e12:.4g} TFLOP/s")
-    shares: dict[tuple[str, str], list[str]] = {}
-    for row in record["floor_shares"]:
-        cells = shares.setdefault((row["shape"], row["direction"]), [])
-        cells.append(f"{row['stage']} {row['ms']:.4g} ms {row['floor_share']:.0%}")
-    lines += [f"{shape} {way:8} of the floor: {', '.join(cells)}" for (shape, way), cells in shares.items()]
-    lines += gpu_decode_timings.summary(values)
+    rates = [(row["copy_gbs"], row["matrix_gflops"]) for row in results.get("kernels", ()) if "copy_gbs" in row]
+    if rates:
+        copy, product = (max(found) for found in zip(*rates, strict=True))
+        lines.append(f"copy {copy / 1e3:.3g} TB/s, product {product / 1e3:.4g} TFLOP/s")
+    lines += [*shares(results.get("kernels", ())), *decoding(results.get("decode", ()))]
     lines.append(f"{'goal':>4}  {'what':44} {'bar':>12} {'limit':>9} {'measured':>9}  met")
     for row in record["goals"]:
         met = {True: "yes", False: "no", None: "-"}[row["met"]]
-        number = _number(row["measured"])
-        lines.append(f"{row['goal']:>4}  {row['what']:44} {row['bar']:>12} {row['limit']:>9} {number:>9}  {met}")
+        value = row["measured"]
+        shown = value if isinstance(value, str) else number(value)
+        lines.append(f"{row['goal']:>4}  {row['what']:44} {row['bar']:>12} {row['limit']:>9} {shown:>9}  {met}")
     lines.append(f"not measured: {record['not_measured']}")
     return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = "\n".join(f"  {s.name:12} {s.kind:7} {s.limit:4.0f} s  {s.what}" for s in ALL)
+    names = "\n".join(f"  {s.name:15} {s.part:6} {s.kind:6} {s.limit:4.0f} s  {s.what}" for s in ALL)
+    seconds = {name: sum(stage.limit for stage in ALL if stage.part == name) for name in PARTS}
+    parts = "\n".join(f"  {name:6} {seconds[name]:4.0f} s  {what}" for name, what in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.check",
         description=__doc__,
-        epilog=f"stages, in this order, with the most time that each may take:\n{names}\n\n"
-        "A check that fails or does not end turns the gate red; the checks after it still run, and no timing does.",
+        epilog=f"parts:\n{parts}\n\nstages, in this order, with the most time that each may take:\n{names}\n\n"
+        "A check that fails or does not end turns the gate red; what comes after it still runs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the record and the log; made if missing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses on what there is")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for all stages; {BUDGET:g}")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[s.name for s in ALL], help="these stages alone")
-    parser.add_argument("--commit", help="commit to record where the checkout is no git repository")
-    parser.add_argument(
-        "--compile-mode", default="default", metavar="MODE",
-        help="mode of torch.compile for the compiled contender: default, or max-autotune-no-cudagraphs (minutes)",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the record, the log and the rows; made if missing")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses on what there is")
+    add("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for all stages; {BUDGET:g}")
+    add("--part", nargs="+", choices=list(PARTS), help="the stages of these parts alone")
+    add("--only", nargs="+", metavar="STAGE", choices=[s.name for s in ALL], help="these stages alone")
+    add("--commit", help="commit to record where the checkout is no git repository")
     return parser
 
 
@@ -247,8 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"gpu_check: out: {options.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
-    settings = Settings(options.device, options.quick, options.out.resolve(), options.commit, options.compile_mode)
-    check = Check(settings, ALL, options.only, options.budget)
+    settings = Settings(options.device, options.quick, options.out.resolve(), options.commit)
+    wanted = [s.name for s in ALL if s.part in (options.part or PARTS) and (not options.only or s.name in options.only)]
+    check = Check(settings, ALL, wanted, options.budget)
     try:
         check.run()
     except RunError as error:
@@ -257,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"gpu_check: ended; what was done is in {check.path}", file=sys.stderr)
         return 130
-    print(table(check.record()))
+    print(table(check.record(), measured(settings.out)))
     print(f"record: {check.path}")
     return check.status
 

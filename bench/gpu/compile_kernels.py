@@ -25,7 +25,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 from lmn_kernels._triton import attention, look_ahead, tree_compile
 from lmn_kernels._triton.common import CompileCase
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # One line of each for every kernel and architecture (nvcc --resource-usage).

@@ -15,20 +15,19 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
-Item = TypeVar("Item")
 
 # Imported once by the server that stages are forked from. None of them touches a device when imported.
-PRELOAD = ["bench.gpu.programs", "bench.gpu.correctness", "bench.gpu.timings", "bench.gpu.decode_timings"]
+PRELOAD = ["bench.gpu.programs"]
 
 
 class Skipped(Exception):
@@ -42,38 +41,24 @@ class Settings:
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
         quick: tiny shapes.
-        out: folder for logs.
+        out: folder of logs and rows.
         commit: what to record where the checkout is no git repository; None asks git.
-        compile_mode: ``mode`` of torch.compile for the compiled contender.
         seconds: time that the stage has.
-        shard, shards: which share of its cases this process takes.
+        shard, shards: which share of its work this process takes.
     """
 
     device: str
     quick: bool
     out: Path
     commit: str | None = None
-    compile_mode: str = "default"
     seconds: float = 60.0
     shard: int = 0
     shards: int = 1
 
     @property
-    def backend(self) -> str:
-        """Named, never "auto": a silent fallback must not be checked or timed in place of the kernels."""
-        return "triton" if self.device == "cuda" else "reference"
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device, 0) if self.device == "cuda" else torch.device(self.device)
-
-    @property
-    def turn_seconds(self) -> float:
-        """Time for one comparison of contenders; in a rehearsal each has its fewest turns."""
-        return 0.0 if self.quick else 1.0
-
-    def mine(self, cases: list[Item]) -> list[Item]:
-        return cases[self.shard :: self.shards]
+    def real(self) -> bool:
+        """Whether this is no rehearsal."""
+        return self.device == "cuda" and not self.quick
 
 
 @dataclass(frozen=True)
@@ -82,11 +67,12 @@ class Stage:
 
     Attributes:
         name, what: for the command line.
-        kind: ``"facts"``, ``"check"`` (its failure turns the gate red) or ``"timing"`` (needs a gate that
-            is not red).
+        kind: ``"facts"``, ``"check"`` (its failure turns the gate red) or ``"timing"``, each of whose cases is checked
+            by itself.
         limit: seconds that it may take.
         run: the work; a row with the key ``fault``, or an exception, makes the stage fail.
         shards: processes that share its cases on a GPU, mostly to compile side by side.
+        part: which of `bench.gpu.check.PARTS` it belongs to.
     """
 
     name: str
@@ -95,6 +81,7 @@ class Stage:
     limit: float
     run: Callable[[Settings, Report], None]
     shards: int = 1
+    part: str = "first"
 
 
 @dataclass
@@ -114,20 +101,6 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@contextlib.contextmanager
-def case(report: Report, name: str) -> Iterator[Row]:
-    """One case of a check: its facts go into the row that is yielded, an exception becomes its fault."""
-    row: Row = {"case": name}
-    try:
-        yield row
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except Exception as error:  # whatever a kernel throws is the finding
-        row["fault"] = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-    report(row)
 
 
 def _plain(value: Any) -> Any:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import InputError, RunError
-
-from .checkpoint import write_file
+from bench.files import write_file
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

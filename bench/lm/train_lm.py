@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 import lmn_kernels
 from bench.errors import InputError, RunError
+from bench.files import write_file
 from bench.measure.environment import describe
 
 from . import curve
-from .checkpoint import Checkpoint, write_file
+from .checkpoint import Checkpoint
 from .corpora import Corpus, load
 from .generate import Sample, emit_to_stdout, encode, generate
 from .models import RECURRENT, LanguageModel, ModelConfig, build

@@ -58,22 +58,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def _nvidia_smi(*query: str) -> str | None:
+    """Its first line; None where it cannot be run or fails."""
     try:
-        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\n")[0] or None
-    except (OSError, subprocess.CalledProcessError):
+        words = ["nvidia-smi", *query, "--format=csv,noheader"]
+        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
+        return told.split("\n")[0].strip() or None
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
-def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a row of results says of its origin."""
+def clocks() -> str | None:
+    """What the first NVIDIA GPU does now: its clocks and their limits, its temperature, power and use."""
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,utilization.gpu"
+    return _nvidia_smi(f"--query-gpu={fields}", "--id=0")
+
+
+def describe(device: torch.device | str = "cpu", known: str | None = None) -> dict[str, Any]:
+    """What a row of results says of its origin; ``known`` is the commit where the checkout is no git repository."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     return {
-        **commit(),
+        **({"commit": known, "dirty": None, "changes": None} if known else commit()),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}: {cpu()}",
-        "driver": _driver() if on_gpu else None,
+        "driver": _nvidia_smi("--query-gpu=driver_version") if on_gpu else None,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),

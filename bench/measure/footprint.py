@@ -45,9 +45,12 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     release by PyTorch's allocator: scratch memory that a library takes for itself is not in it.
     """
     if device.type == "cuda":
-        peak = timing.peak_bytes(work, timing.allocated(device), device)
-        assert peak is not None
-        return peak
+        timing.release(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = work()
         del result

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from bench.close import TOLERANCE, assert_same_gradients, error
-from bench.contenders.problems import BaseProblem, Form, Outputs
-from bench.contenders.provider import Provider
 
+from .contender import BaseProblem, Form, Outputs, Provider
 from .timing import Work
 
-FORWARD, TRAINING = "forward", "training"
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "training"
 
 # A layer's stages each round; what is one operation gets one allowance.
 STAGES_OF_ROUNDING = {"layer": 3, "look-ahead layer": 3}
@@ -21,11 +20,13 @@ STAGES_OF_ROUNDING = {"layer": 3, "look-ahead layer": 3}
 WORST_POSITION = 4
 # Of longer sequences so many positions are compared, and of a loop over tokens the first ones.
 POSITIONS, FIRST = 64, 1 << 10
+# Elements of x from which on 16 bits are compared with float32: float64 would not fit beside them.
+LARGE = 1 << 28
 
 
 def tolerance(operation: str, dtype: torch.dtype, direction: str) -> float:
     """Relative to the root mean square of what is expected."""
-    return STAGES_OF_ROUNDING.get(operation, 1) * TOLERANCE[dtype][direction == TRAINING]
+    return STAGES_OF_ROUNDING.get(operation, 1) * TOLERANCE[dtype][direction != FORWARD]
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -57,7 +58,7 @@ def cotangents(outputs: Outputs, problem: BaseProblem, provider: Provider) -> li
 
 
 def direction_work(form: Form, direction: str, problem: BaseProblem, provider: Provider) -> Work:
-    """What is timed: the call without a graph, or the call and its backward pass."""
+    """What is timed: the call without a graph, its backward pass, or both."""
     if direction == FORWARD:
 
         def forward() -> object:
@@ -68,14 +69,17 @@ def direction_work(form: Form, direction: str, problem: BaseProblem, provider: P
     leaves = list(form.leaves.values())
     # Made at the first call, whose result tells the shape: it is the warm-up's.
     kept: list[Tensor] = []
+    called: list[tuple[Tensor, ...]] = []
 
-    def training() -> object:
-        outputs = form.call()
+    def backward() -> object:
+        outputs = called[0] if called else differentiable(form.call())
         if not kept:
             kept.extend(cotangents(outputs, problem, provider))
-        return torch.autograd.grad(differentiable(outputs), leaves, kept)
+        if direction == BACKWARD and not called:
+            called.append(outputs)
+        return torch.autograd.grad(outputs, leaves, kept, retain_graph=direction == BACKWARD)
 
-    return training
+    return backward
 
 
 class Expected:
@@ -88,7 +92,9 @@ class Expected:
         key = provider.oracle, problem.shape.length
         if key not in self._known:
             with torch.no_grad():
-                self._known[key] = provider.oracle(problem.exact(), positions)
+                wide = problem.dtype.itemsize == 2 and problem.shape.elements >= LARGE
+                exact = problem.exact(torch.float32 if wide else torch.float64)
+                self._known[key] = provider.oracle(exact, positions)
         return self._known[key]
 
 

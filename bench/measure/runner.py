@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import timing
-from .environment import describe
+from .environment import clocks, describe
 from .journal import Journal, Row
 
 
@@ -27,6 +27,8 @@ class Context:
         quick: small shapes and few repeats: a rehearsal under two minutes on two cores.
         results: folder of the journals.
         scratch: folder of what is not a result, checkpoints for one.
+        rehearsed: whether to take the cases of a GPU, in tiny shapes, whatever the device is.
+        commit: of the code, where git cannot tell.
         options: the run's own options, by name.
     """
 
@@ -37,6 +39,13 @@ class Context:
     results: Path
     scratch: Path
     options: dict[str, Any]
+    rehearsed: bool = False
+    commit: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the cases are those of a GPU."""
+        return self.rehearsed or self.device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Case:
         name: unique within the run; ``operation/shape/…``.
         measure: returns the rows of the case. A contender that cannot run is a row with ``gap``, the reason.
         warm: compiles, checks and warms up; called for every case before the first is measured.
-        derive: in place of ``measure``: rows that follow from those of the cases before.
+        derive: in place of ``measure``: rows that follow from those of the cases before, once all of them are there.
     """
 
     name: str
@@ -79,10 +88,11 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device copies (bytes read and written) and multiplies at, measured beside the cases."""
+    """What the device copies (bytes read and written) and multiplies at, and its clocks just then, beside the cases."""
 
     copy_bytes: float
     matrix_flops: float
+    clocks: str | None = None
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype, quick: bool) -> Ceilings:
@@ -91,42 +101,52 @@ class Ceilings:
         size = (4 << 30 if on_gpu else 256 << 20) >> (4 if quick else 0)
         side = (8192 if on_gpu else 1024) >> (1 if quick else 0)
         copied, multiplied = timing.copy(clock, size), timing.product(clock, side, dtype)
-        return cls(2e3 * size / copied.median, 2e3 * side**3 / multiplied.median)
+        return cls(2e3 * size / copied.median, 2e3 * side**3 / multiplied.median, clocks() if on_gpu else None)
 
     def row(self) -> Row:
         return {
             "copy_gbs": float(f"{self.copy_bytes / 1e9:.4g}"),
             "matrix_gflops": float(f"{self.matrix_flops / 1e9:.4g}"),
+            **({"clocks": self.clocks} if self.clocks else {}),
         }
 
 
-def execute(name: str, run: Run, context: Context, fresh: bool) -> Journal:
+def execute(name: str, run: Run, context: Context, fresh: bool, only: Sequence[str] | None = None) -> Journal:
     """Measure what is missing; returns the journal with every row.
+
+    Args:
+        only: parts of names: of the missing cases those are measured whose name holds one of them. Where others are
+            left, the invocation stays open, and a later call goes on with it.
 
     Raises:
         KeyboardInterrupt: what was measured until then is in the journal.
         InputError, RunError: the journal cannot be read or written.
     """
     cases = run.cases(context)
-    only = context.options.get("only")
-    cases = [case for case in cases if not only or any(part in case.name for part in only)]
     dtype = str(context.dtype).removeprefix("torch.")
     options = {"quick": context.quick, "dtype": dtype, "backend": context.backend, **context.options}
-    journal = Journal(context.results / f"{name}.jsonl", name, describe(context.device), options, fresh)
+    journal = Journal(context.results / f"{name}.jsonl", name, describe(context.device, context.commit), options, fresh)
     missing = [case for case in cases if case.name not in journal.cases]
-    steps = sum(2 if case.warm else 1 for case in missing)
-    with _bar(name, steps) as bar:
-        for case in missing:
+    wanted = [case for case in missing if not case.derive and (not only or any(part in case.name for part in only))]
+    with _bar(name, sum(2 if case.warm else 1 for case in wanted)) as bar:
+        for case in wanted:
             if case.warm:
                 bar.set_postfix_str(f"warming up {case.name}")
                 case.warm()
                 timing.release(context.device)
                 bar.update()
-        for case in missing:
+        for case in wanted:
             bar.set_postfix_str(case.name)
             journal.write(case.name, case.rows(journal.rows))
             timing.release(context.device)
             bar.update()
+    for case in cases:
+        if case.name in journal.cases:
+            continue
+        if not case.derive:
+            # What follows from cases waits for all before it.
+            return journal
+        journal.write(case.name, case.rows(journal.rows))
     journal.finish()
     return journal
 

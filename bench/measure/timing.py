@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,29 @@ import torch
 Work = Callable[[], object]
 
 LEAST, MOST = 5, 40
+UNITS = {"ms": 1e3, "us": 1e6}
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds: median, 20th and 80th percentile of so many repeats."""
+    """Median, 20th and 80th percentile of so many repeats, in milliseconds or another unit."""
 
     median: float
     p20: float
     p80: float
     repeats: int
+    unit: str = "ms"
 
-    def row(self, key: str) -> dict[str, Any]:
-        found = {"p20": self.p20, "p80": self.p80, "repeats": self.repeats, "unit": "ms"}
-        return {"key": key, "value": self.median, **found}
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def spread(seconds: list[float]) -> Spread:
+def spread(seconds: list[float], unit: str = "ms") -> Spread:
     # Inclusive: of few repeats the other method makes percentiles outside of what was seen.
     low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
-    median, low, high = (float(f"{1e3 * value:.5g}") for value in (statistics.median(seconds), low, high))
-    return Spread(median, low, high, len(seconds))
+    median, low, high = (float(f"{UNITS[unit] * value:.5g}") for value in (statistics.median(seconds), low, high))
+    return Spread(median, low, high, len(seconds), unit)
 
 
 def pair_ratio(slow: list[float], fast: list[float]) -> float:
@@ -130,21 +131,6 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-def peak_bytes(work: Work, baseline: int, device: torch.device) -> int | None:
-    """Most bytes allocated while ``work`` runs, above ``baseline``; None off CUDA, where nothing counts them."""
-    if device.type != "cuda":
-        return None
-    release(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - baseline
-
-
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def free_bytes(device: torch.device) -> float:

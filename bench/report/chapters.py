@@ -41,10 +41,13 @@ _HOW = "Medians (20th to 80th percentile); × is a contender's time over ours, a
 
 
 def kernels(rows: Sequence[Row]) -> str:
-    return join(_HOW, _timed(rows), losses(rows))
+    held = [row for row in rows if peak(row) is not None]
+    return join(_HOW, _timed(rows), losses(rows), f"### Memory\n\n{memory(held)}" if held else "")
 
 
 FACTS = {
+    "p99_over_median": "99th percentile over the median of tokens in a row",
+    "worst_token": "the token that merges on every level",
     "far_over_near": "time of a step far into the sequence, over one near its start",
     "bandwidth": "rate at which the weights are read",
 }
@@ -80,6 +83,13 @@ def scaling(rows: Sequence[Row]) -> str:
     ]
     headers = ["provider", "direction", "slope of log time over log L", "from L", "to L"]
     return join(_HOW, _timed(timed) if timed else "", table(headers, lines, 2) if lines else "", losses(timed))
+
+
+def crossover(rows: Sequence[Row]) -> str:
+    timed = [row for row in rows if "crossover" not in row]
+    found = [row["crossover"] for row in rows if "crossover" in row]
+    lengths = " or ".join("at no length" if length is None else f"from L = {whole(length)} on" for length in found)
+    return join(_HOW, _timed(timed), f"Ours beats attention {lengths}." if found else "", losses(timed))
 
 
 _MEMORY_HOW = "Peaks (and what is kept for backward); × is a contender's peak over ours, above 1 where ours needs less."
@@ -291,6 +301,7 @@ RUNS: dict[str, tuple[str, Body]] = {
     "kernels": ("Kernels", kernels),
     "decode": ("Decoding", decode),
     "scaling": ("Time over length", scaling),
+    "crossover": ("Rows of ever more tokens", crossover),
     "memory": ("Memory over length", memory),
     "paper-table1": ("The paper's Table 1", table1),
     "paper-fig9": ("The paper's Figure 9: time", paper_fig9),

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.errors import InputError, RunError
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 from bench.measure.journal import Invocation, Row, read
 
-from . import plots
+from . import goals, plots
 from .chapters import RUNS
 from .headline import RUNS as HEADLINE_RUNS
 from .headline import headline
@@ -112,6 +112,16 @@ def _tables(run: str, loaded: Loaded) -> str:
     write = RUNS[run][1]
     found = [join(caption(run, invocation), write(invocation.rows)) for invocation in loaded.get(run, {}).values()]
     return join(*found) or f"No results yet; `python -m bench {run}` makes them."
+
+
+def _on_gpus(loaded: Loaded) -> dict[str, dict[str, list[Row]]]:
+    """Rows by GPU and run."""
+    found: dict[str, dict[str, list[Row]]] = defaultdict(dict)
+    for run, devices in loaded.items():
+        for device, invocation in devices.items():
+            if not device.startswith("cpu"):
+                found[device][run] = invocation.rows
+    return dict(sorted(found.items()))
 
 
 class Pictures:
@@ -217,6 +227,7 @@ def report(results: Path, readme: Path, drawings: Path) -> None:
     full = results / "README.md"
     new = update(old, summary(loaded, pictures, readme, full))
     chapters = [join(f"## {title}", pictures.show(run, full), _tables(run, loaded)) for run, (title, _) in RUNS.items()]
+    chapters += [join(f"## Goals, {text(device)}", goals.chapter(rows)) for device, rows in _on_gpus(loaded).items()]
     how = "Made by `python -m bench report` from the rows beside it; what is written here by hand is lost."
     everything = join("# Results", how, *chapters) + "\n"
     try:

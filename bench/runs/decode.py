@@ -1,4 +1,4 @@
-"""A token of a stream, batch 1: our step against ATen loops, a KV cache, GRU and LSTM, far into a sequence."""
+"""A token of a stream: ours against ATen loops, a KV cache, GRU and LSTM, far into a sequence; on a GPU, of many."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from bench.close import error
 from bench.contenders import recurrent
 from bench.contenders.aten_step import AtenStep
 from bench.contenders.shapes import Shape
-from bench.contenders.streams import CachedAttention, Recurrent
-from bench.errors import InputError
+from bench.contenders.streams import CachedAttention, Recurrent, made_up
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
 from bench.measure.timing import pair_ratio
 from bench.report.terminal import table
 from lmn_kernels import LogarithmicMixing, MemoryState, decode_
 from lmn_kernels.backend.choice import why_not
+
+from . import decode_gpu
 
 POSITIONS = (1 << 10, 1 << 15, 1 << 20)
 LAYERS = (
@@ -71,17 +72,10 @@ def add_arguments(add: Callable[..., Any]) -> None:
     """None of its own."""
 
 
-def made_up(layer: LogarithmicMixing, position: int) -> MemoryState:
-    """A state that stands at a position, its nodes drawn, q and v as they follow from them."""
-    state = layer.init_state(1, max_position=4 * POSITIONS[-1])
+def _state(layer: LogarithmicMixing, n: int) -> MemoryState:
+    """The same for equal layers and positions, whoever asks."""
     torch.manual_seed(1)
-    with torch.no_grad():
-        nodes = torch.randn_like(state.nodes)
-        q, v = layer.sva.node_qv(nodes.to(layer.sva.q.weight.dtype)).to(nodes.dtype).chunk(2, -1)
-        return MemoryState(
-            torch.tensor([position]), torch.randn_like(state.token), nodes, q.contiguous(), v.contiguous(),
-            state.expand, state.levels, position,
-        )  # fmt: skip
+    return made_up(layer, torch.tensor([n]), 4 * POSITIONS[-1])
 
 
 def _layer(shape: Shape, dtype: torch.dtype, step_backend: str) -> LogarithmicMixing:
@@ -95,7 +89,7 @@ def _expected_step(layer: LogarithmicMixing, x: Tensor, n: int) -> Tensor:
     """Our step in float64 by the reference, on the same rounded weights and the same state."""
     exact = LogarithmicMixing(layer.embedding, layer.heads, layer.bank, backend="reference", dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
-    state, ys = made_up(layer, n).to(dtype=torch.float64), []
+    state, ys = _state(layer, n).to(dtype=torch.float64), []
     for token in x.double().split(1):
         y, state = exact.step(token[None], state)
         ys.append(y[0])
@@ -107,11 +101,11 @@ class Ours:
 
     def __init__(self, layer: LogarithmicMixing, face: str):
         self.layer, self.face = layer, face
-        self.state = made_up(layer, 1)
+        self.state = _state(layer, 1)
         self.weights = layer.step_weights()
 
     def start(self, n: int) -> None:
-        self.state = made_up(self.layer, n)
+        self.state = _state(self.layer, n)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.face == "operation":
@@ -162,7 +156,7 @@ def _aten(layer: LogarithmicMixing, fused: bool, expected: Callable[[Tensor], Te
     kept: list[AtenStep] = []
 
     def start(n: int) -> None:
-        kept[:] = [AtenStep(layer, made_up(layer, n), fused)]
+        kept[:] = [AtenStep(layer, _state(layer, n), fused)]
 
     return Stream(lambda x: kept[0](x), start, expected, True)
 
@@ -214,19 +208,20 @@ def check(stream: Stream, x: Tensor, n: int) -> float:
     return found
 
 
+def _head(provider: str, shape: Shape, dtype: torch.dtype) -> Row:
+    sizes = {"batch": 1, "embedding": shape.embedding, "heads": shape.heads, "bank": shape.bank}
+    return {"provider": provider, "operation": "step", "dtype": str(dtype).removeprefix("torch."), "shape": sizes}
+
+
 @torch.inference_mode()
 def at_position(shape: Shape, dtype: torch.dtype, n: int, turns: int) -> list[Row]:
     """All contenders in turns at one position."""
     able: dict[str, Stream] = {}
-    head: Row = {
-        "operation": "step", "position": n, "dtype": str(dtype).removeprefix("torch."),
-        "shape": {"batch": 1, "embedding": shape.embedding, "heads": shape.heads, "bank": shape.bank},
-    }  # fmt: skip
     rows: dict[str, Row] = {}
     torch.manual_seed(4)
     x = torch.randn(RUN, shape.embedding).to(dtype)
     for name, stream in streams(shape, dtype, n).items():
-        rows[name] = {"provider": name, **head}
+        rows[name] = {**_head(name, shape, dtype), "position": n}
         if isinstance(stream, str):
             rows[name]["gap"] = stream
             continue
@@ -280,10 +275,7 @@ def _spread(turns: list[list[float]]) -> Row:
 def facts(shape: Shape, dtype: torch.dtype, turns: int) -> list[Row]:
     """How much longer a far token takes than a near one, and the share of a matrix-vector product's bandwidth."""
     reason = why_not("cpp", "step", torch.device("cpu"), dtype)
-    head: Row = {
-        "provider": "ours", "operation": "step", "dtype": str(dtype).removeprefix("torch."),
-        "shape": {"batch": 1, "embedding": shape.embedding, "heads": shape.heads, "bank": shape.bank},
-    }  # fmt: skip
+    head = _head("ours", shape, dtype)
     if reason:
         return [{**head, "gap": reason}]
     layer = _layer(shape, dtype, "cpp")
@@ -322,8 +314,8 @@ def _bandwidth(total: float) -> float:
 
 
 def cases(context: Context) -> list[Case]:
-    if context.device.type != "cpu":
-        raise InputError(f"device: expected cpu, got {context.device}: bench.gpu.check times decoding on a GPU")
+    if context.on_gpu:
+        return decode_gpu.cases(context)
     turns = 3 if context.quick else 12
     positions = POSITIONS[:2] if context.quick else POSITIONS
     found = []
@@ -339,7 +331,7 @@ def show(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         shape = row["shape"]
-        what = f"E={shape['embedding']} H={shape['heads']} m={shape['bank']} {row['dtype']}"
+        what = f"B={shape['batch']} E={shape['embedding']} H={shape['heads']} m={shape['bank']} {row['dtype']}"
         place = f"{row['position']:,}" if "position" in row else ""
         if "gap" in row:
             cells = [row["gap"], "", ""]
@@ -347,6 +339,10 @@ def show(rows: list[Row]) -> str:
             cells = [f"{row['fact'].replace('_', ' ')}: {row['value']:.2f}", "", ""]
         else:
             ratio = f"{row['ratio']:.3g}x" if "ratio" in row else ""
-            cells = [f"{row['median']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})", f"{row['p99']:.4g}", ratio]
+            cells = [
+                f"{row['median']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})",
+                f"{row['p99']:.4g}" if "p99" in row else "",
+                ratio,
+            ]
         lines.append([what, place, row["provider"], *cells])
     return table(["", "n", "", "us a token", "p99", "of ours"], lines)

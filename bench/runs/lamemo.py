@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.contenders.look_ahead import OPERATIONS, LookAheadShape
-from bench.contenders.provider import OURS
-from bench.contenders.providers import REGISTRY
-from bench.measure.comparison import Comparison, Limits
+from bench.contenders.providers import REGISTRY, compare
+from bench.measure.comparison import Limits
+from bench.measure.contender import OURS
 from bench.measure.gate import FORWARD, TRAINING
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
@@ -40,23 +40,15 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def cases(context: Context) -> list[Case]:
     limits = Limits(seconds=0.5, budget=0.2) if context.quick else Limits(seconds=20, budget=4)
-    real = GPU_SHAPES if context.device.type == "cuda" else CPU_SHAPES
+    real = GPU_SHAPES if context.on_gpu else CPU_SHAPES
     shapes, found = QUICK_SHAPES if context.quick else real, []
     for shape in shapes:
         for operation in context.options["operations"]:
             # Compiling it takes minutes, so once: at the first shape.
             compiles = shape is shapes[0] and not context.quick
             names = [name for name in REGISTRY[operation] if compiles or name != "literal, compiled"]
-            one = Comparison(
-                operation, shape, context.dtype, context.device, names, (FORWARD, TRAINING),
-                limits, context.quick, context.backend,
-            )  # fmt: skip
-
-            def measure(one: Comparison = one) -> list[Row]:
-                # Both go by direction, then by provider.
-                return [held | timed for timed, held in zip(one.time(), one.memory(), strict=True)]
-
-            found.append(Case(f"{operation}/{shape.name}", measure, one.check))
+            one = compare(context, operation, shape, names, (FORWARD, TRAINING), limits)
+            found.append(Case(f"{operation}/{shape.name}", one.time_and_memory, one.check))
     return found
 
 

@@ -26,12 +26,13 @@ from bench.lm.generate import load_model
 from bench.lm.models import RECURRENT, LogMem
 from bench.lm.settings import resolve
 from bench.lm.train_lm import CHECKPOINT
-from bench.lm.trainings import Training, digest_of, flags
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
 from bench.report.tables import over_seeds
 from bench.report.terminal import table
 from lmn_kernels import MemoryState
+
+from .trainings import Training, digest_of, flags
 
 NAMES = {"lamemo": "LaMemo", "transformer-xl": "Transformer-XL", "gpt2": "GPT-2", "logmem": "LogMem"}
 SEEDS = (1337, 1338, 1339)

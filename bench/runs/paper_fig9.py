@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.close import TOLERANCE, error
+from bench.contenders.providers import compare
 from bench.contenders.shapes import Shape
 from bench.contenders.streams import CachedAttention, RecomputedAttention
 from bench.measure.comparison import Comparison, Limits
@@ -45,9 +46,7 @@ def lengths(context: Context) -> list[int]:
 def parallel(context: Context, length: int) -> Comparison:
     shape = replace(SHAPE, name=str(length), length=length)
     limits = Limits(0.5, 0.1, least=2) if context.quick else Limits(20, 1.0, least=3)
-    return Comparison(
-        "layer", shape, context.dtype, context.device, PARALLEL, (FORWARD,), limits, context.quick, context.backend
-    )
+    return compare(context, "layer", shape, PARALLEL, (FORWARD,), limits)
 
 
 def in_parallel(row: Row) -> Row:
@@ -138,11 +137,7 @@ class Sequential:
                 rows.append({**head, "gap": gaps[name]})
                 continue
             found = spread(taken[name])
-            row = {
-                **head, "unit": "ms", "median": found.median, "p20": found.p20, "p80": found.p80,
-                "repeats": found.repeats, "error": float(f"{errors[name]:.3g}"),
-                "tolerance": self.tolerance,
-            }  # fmt: skip
+            row = {**head, **found.row(), "error": float(f"{errors[name]:.3g}"), "tolerance": self.tolerance}
             if name != OURS and OURS not in gaps:
                 row["ratio"] = float(f"{found.median / spread(taken[OURS]).median:.4g}")
             rows.append(row)

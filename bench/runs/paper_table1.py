@@ -19,10 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.lm.settings import resolve
-from bench.lm.trainings import Training, digest_of, flags
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
 from bench.report.terminal import table
+
+from .trainings import Training, digest_of, flags
 
 # Parameters, losses on the training and the validation split (specification, section 7).
 PAPER: dict[tuple[int, str], tuple[int, float, float]] = {

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench.errors import InputError, RunError
-from bench.lm.checkpoint import write_file
+from bench.files import write_file
 from bench.lm.models import GPT2, LanguageModel, ModelConfig, build
 from bench.lm.recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
 from bench.measure.environment import describe

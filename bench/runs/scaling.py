@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy
 
+from bench.contenders.providers import compare
 from bench.contenders.shapes import Shape
 from bench.measure.comparison import Comparison, Limits
+from bench.measure.contender import OURS
 from bench.measure.gate import FORWARD, TRAINING
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
@@ -39,27 +41,24 @@ def lengths(context: Context, longest: int = LONGEST) -> list[int]:
 
 def base_shape(context: Context) -> Shape:
     """A layer of the device's size; its length is to be replaced."""
-    return Shape("", 1, 1, 512, 8, 1) if context.device.type == "cuda" else Shape("", 1, 1, 64, 4, 1)
+    return Shape("", 1, 1, 512, 8, 1) if context.on_gpu and not context.quick else Shape("", 1, 1, 64, 4, 1)
 
 
 def comparison(context: Context, length: int, names: tuple[str, ...], limits: Limits) -> Comparison:
     shape = replace(base_shape(context), name=str(length), length=length)
-    return Comparison(
-        "layer",
-        shape,
-        context.dtype,
-        context.device,
-        names,
-        (FORWARD, TRAINING),
-        limits,
-        context.quick,
-        context.backend,
-    )
+    return compare(context, "layer", shape, names, (FORWARD, TRAINING), limits)
 
 
 def cases(context: Context) -> list[Case]:
     limits = Limits(0.5, 0.1, least=2) if context.quick else Limits(6, 1.0, least=3)
     found = []
+    if context.on_gpu:
+        # Ours alone says how it scales in a fraction of the time.
+        for length in lengths(context):
+            if length >= FROM_LENGTH or context.quick:
+                one = comparison(context, length, (OURS,), limits)
+                found.append(Case(f"ours/{length}", one.time, one.check))
+        found.append(Case("slopes of ours", derive=slopes))
     for length in lengths(context):
         one = comparison(context, length, PROVIDERS, limits)
         found.append(Case(f"layer/{length}", one.time, one.check))

@@ -142,7 +142,7 @@ class MadeUp:
 
 @pytest.fixture
 def context(tmp_path, monkeypatch) -> Context:
-    monkeypatch.setattr(runner, "describe", lambda device: HERE)
+    monkeypatch.setattr(runner, "describe", lambda device, known: HERE)
     return Context(torch.device("cpu"), torch.float32, "reference", True, tmp_path, tmp_path / "scratch", {})
 
 
@@ -168,10 +168,14 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(context):
 
 
 def test_only_some_cases(context):
-    some = Context(
-        context.device, context.dtype, context.backend, True, context.results, context.scratch, {"only": ["thr"]}
-    )
-    assert list(execute("made-up", MadeUp([]), some, fresh=False).cases) == ["three"]
+    done: list[str] = []
+    assert list(execute("made-up", MadeUp(done), context, fresh=False, only=["thr"]).cases) == ["three"]
+    assert done == ["warm three", "three"] and not read(context.results / "made-up.jsonl")[0].finished
+    # What follows from all of them waits for the rest.
+    assert list(execute("made-up", MadeUp(done), context, fresh=False, only=["sum"]).cases) == ["three"]
+    assert list(execute("made-up", MadeUp(done), context, fresh=False, only=["one"]).cases) == ["three", "one", "sum"]
+    (whole,) = read(context.results / "made-up.jsonl")
+    assert whole.finished and whole.cases["sum"][0]["value"] == 8
 
 
 def test_a_row_is_a_line_of_json(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.contenders import look_ahead
 from bench.contenders import look_ahead_literal as literal
 from bench.contenders.look_ahead import ATTENTION, LAYER, OPERATIONS, LookAheadProblem, LookAheadShape
-from bench.contenders.problems import Form
-from bench.contenders.provider import OURS
-from bench.contenders.providers import REGISTRY
+from bench.contenders.providers import REGISTRY, compare
 from bench.contenders.shapes import DIRECTIONS
 from bench.measure import timing
 from bench.measure.comparison import FORWARD, TRAINING, Comparison, Limits
+from bench.measure.contender import OURS, Form
 from bench.measure.gate import Expected, value_error
-from bench.measure.runner import Ceilings
+from bench.measure.runner import Ceilings, Context
 from bench.runs.lamemo import GPU_SHAPES
 
 CPU = torch.device("cpu")
@@ -34,10 +34,11 @@ SHAPES = [
 SHAPE = SHAPES[1]
 COMPILED = "literal, compiled"
 LIMITS = Limits(seconds=60, budget=0, least=2)
+HERE = Context(CPU, torch.float32, "reference", True, Path(), Path(), {})
 
 
 def compared(operation: str, names: list[str], shape: LookAheadShape = SHAPE) -> Comparison:
-    return Comparison(operation, shape, torch.float32, CPU, names, (FORWARD, TRAINING), LIMITS, True, "reference")
+    return compare(HERE, operation, shape, names, (FORWARD, TRAINING), LIMITS)
 
 
 def problem(operation: str, shape: LookAheadShape = SHAPE, dtype: torch.dtype = torch.float32) -> LookAheadProblem:

@@ -24,7 +24,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("run, count", [("kernels", 16), ("scaling", 24), ("memory", 16)])
+@pytest.mark.parametrize("run, count", [("kernels", 18), ("scaling", 24), ("memory", 16)])
 def test_a_quick_run_and_its_rows(small, capsys, run, count):
     longest = [] if run == "kernels" else ["--longest", "256"]
     assert bench.main([run, "--quick", "--threads", "1", "--results", "rows", *longest]) == 0
@@ -57,7 +57,7 @@ def test_ctrl_c_and_on(small, monkeypatch, capsys):
     calls.clear()
     calls.append("again")
     assert bench.main(["kernels", "--quick", "--threads", "1", "--results", "rows"]) == 0
-    assert calls == ["again", "projections", "attention", "layer"]
+    assert calls == ["again", "projections", "attention", "output", "layer"]
     assert len(read(small / "rows" / "kernels.jsonl")) == 1
 
 

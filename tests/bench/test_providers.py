@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +12,26 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.close import TOLERANCE, assert_close
 from bench.contenders import flex, linear_attention, node_level, providers, recurrent
-from bench.contenders.problems import OPERATIONS, Form, Problem
-from bench.contenders.providers import OURS, REGISTRY, Provider
+from bench.contenders.problems import OPERATIONS, Problem
+from bench.contenders.providers import REGISTRY, compare
 from bench.contenders.shapes import Shape, moved_bytes
-from bench.contenders.streams import CachedAttention, RecomputedAttention
 from bench.measure import comparison
-from bench.measure.comparison import FORWARD, TRAINING, Comparison, Limits
+from bench.measure.comparison import EAGER, GRAPH, Comparison, Limits
+from bench.measure.contender import OURS, Form
 from bench.measure.footprint import peak_bytes, saved_bytes
-from bench.runs import decode, paper_fig9, scaling
+from bench.measure.gate import BACKWARD, FORWARD, TRAINING, direction_work
+from bench.measure.runner import Context
+from bench.runs import kernels
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 2, 45, 16, 2, 2)
 COMPILED = ("materialised, compiled", "FlexAttention")
 LIMITS = Limits(seconds=60, budget=0, least=2)
+HERE = Context(CPU, torch.float32, "reference", True, Path(), Path(), {})
 
 
 def compared(operation: str, names, shape: Shape = SHAPE, limits: Limits = LIMITS, **more) -> Comparison:
-    both = (FORWARD, TRAINING)
-    return Comparison(operation, shape, torch.float32, CPU, names, both, limits, True, "reference", **more)
+    return compare(HERE, operation, shape, names, (FORWARD, TRAINING), limits, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +45,9 @@ def test_every_contender_is_right_or_a_named_gap(operation):
     one = compared(operation, [name for name in REGISTRY[operation] if name not in COMPILED])
     one.check()
     rows = one.time()
-    assert len(rows) == 2 * len(one.names)
+    assert len(rows) == 2 * len(one.providers)
     for row in rows:
-        elsewhere = row["provider"] in {"sdpa-cudnn", *linear_attention.KINDS}
+        elsewhere = row["provider"] in {"sdpa-cudnn", "materialised, autotuned", *linear_attention.KINDS}
         assert ("gap" in row) == elsewhere, row
         if elsewhere:
             assert "GPU" in row["gap"] or "not installed" in row["gap"]
@@ -184,14 +187,13 @@ def compared_again(one: Comparison) -> Comparison:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_oracles_go_another_way(operation, monkeypatch):
     """Were our own path wrong in every dtype, its oracle would not be."""
-    names = {"tree": "our_tree", "projections": "our_projections", "attention": "our_attention", "layer": "our_layer"}
-    whole = getattr(providers, names[operation])
+    whole = getattr(providers, f"our_{operation}")
 
     def wrong(problem: Problem):
         outputs = whole(problem)
         return tuple(1.01 * y for y in outputs) if isinstance(outputs, tuple) else 1.01 * outputs
 
-    monkeypatch.setattr(providers, names[operation], wrong)
+    monkeypatch.setattr(providers, f"our_{operation}", wrong)
     fresh = providers._registry()[operation]
     monkeypatch.setitem(REGISTRY, operation, fresh)
     one = compared(operation, [OURS])
@@ -336,70 +338,49 @@ def test_node_level_tree_has_our_rows():
     assert_close("nodes", theirs[:, :rows], ours[:, :rows], 1e-12)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_streams_of_attention_are_causal_attention(fused):
-    problem = Problem("layer", Shape("", 1, 20, 16, 2, 1), torch.float64, CPU, "reference")
-    provider: Provider = REGISTRY["layer"]["sdpa-math"]
-    expected = provider.oracle(problem, None)[0]
-    with torch.no_grad():
-        for stream in (CachedAttention(problem.layer, 20, fused), RecomputedAttention(problem.layer)):
-            got = torch.cat([stream(token) for token in problem.x[0].split(1)])
-            assert_close(type(stream).__name__, got, expected, 1e-12)
+def test_floors_of_the_two_passes_add_up():
+    ways = (FORWARD, BACKWARD, TRAINING)
+    one = compare(HERE, "attention", SHAPE, [OURS, "node-level"], ways, LIMITS)
+    one.check()
+    rows = {(row["provider"], row["direction"]): row for row in one.time()}
+    assert set(rows) == {(name, way) for name in (OURS, "node-level") for way in ways}
+    assert all("mode" not in row and row["error"] <= row["tolerance"] for row in rows.values())
+    floors = [rows[OURS, way]["floor_ms"] for way in ways]
+    assert 0 < floors[0] < floors[1] < floors[2] and floors[0] + floors[1] == pytest.approx(floors[2], rel=1e-3)
 
 
-def test_rows_of_decoding():
-    shape = Shape("tiny", 1, 1, 32, 2, 1)
-    rows = {row["provider"]: row for row in decode.at_position(shape, torch.float32, 100, turns=2)}
-    for name, row in rows.items():
-        if "gap" in row:
-            assert name.startswith(OURS) and ("C++" in row["gap"] or "extension" in row["gap"]), row
-        else:
-            assert row["unit"] == "us" and 0 < row["p20"] <= row["median"] <= row["p80"]
-            assert row["typical"] <= row["p99"] and row["error"] <= row["tolerance"]
-    assert {"reference", "ATen loop", "KV cache", "GRU", "LSTM"} <= set(rows)
+@pytest.mark.parametrize("mode, calls", [(None, 1), (EAGER, 2), (GRAPH, 2)])
+def test_launches_in_a_row_are_counted_as_such(mode, calls, monkeypatch):
+    graphed, seen = [], []
+    monkeypatch.setattr(comparison.timing, "graphed", lambda work, device: graphed.append(work) or work)
+    turns = comparison.take_turns
+    monkeypatch.setattr(comparison, "take_turns", lambda *given, **more: seen.append(given[3]) or turns(*given, **more))
+    one = compare(HERE, "output", SHAPE, [OURS], (FORWARD, TRAINING), LIMITS, mode)
+    one.check()
+    rows = one.time()
+    assert [row.get("mode") for row in rows] == [mode] * 2 and seen == [calls] * 2
+    assert len(graphed) == (2 if mode == GRAPH else 0)
 
 
-def test_a_wrong_stream_is_a_gap(monkeypatch):
-    monkeypatch.setattr(CachedAttention, "__call__", lambda self, x: x)
-    rows = {row["provider"]: row for row in decode.at_position(Shape("", 1, 1, 32, 2, 1), torch.float32, 64, turns=2)}
-    assert rows["KV cache"]["gap"].startswith("gate: error") and "median" not in rows["KV cache"]
-    assert "median" in rows["GRU"]
+def test_a_backward_pass_is_that_of_the_call_before_it():
+    problem = Problem("attention", SHAPE, torch.float32, CPU, "reference")
+    provider, calls = REGISTRY["attention"][OURS], []
+    form = provider.build(problem)
+    counted = Form(lambda: calls.append(1) or form.call(), form.leaves)
+    backward, training = (direction_work(counted, way, problem, provider) for way in (BACKWARD, TRAINING))
+    alone = [backward() for _ in range(3)]
+    assert len(calls) == 1
+    for got, expected in zip(alone[2], training(), strict=True):
+        assert_close("gradient", got, expected, 1e-6)
+    assert len(calls) == 2
 
 
-def test_sequential_forms_of_figure_9(monkeypatch, tmp_path):
-    context = a_context(tmp_path)
-    rows = {row["provider"]: row for row in paper_fig9.sequential_rows(context, {}, 40)}
-    assert set(rows) == {"ours", "attention", "attention, cached"}
-    assert all(row["median"] > 0 and row["mode"] == "sequential" for row in rows.values())
-    monkeypatch.setattr(paper_fig9, "QUICK_SECONDS", 0.0)
-    given_up: dict[str, int] = {}
-    assert all("of 40 tokens" in row["gap"] for row in paper_fig9.sequential_rows(context, given_up, 40))
-    assert all("with 40 tokens" in row["gap"] for row in paper_fig9.sequential_rows(context, given_up, 80))
-
-
-def test_a_wrong_form_of_figure_9_is_a_gap(monkeypatch, tmp_path):
-    monkeypatch.setattr(RecomputedAttention, "__call__", lambda self, x: x)
-    rows = {row["provider"]: row for row in paper_fig9.sequential_rows(a_context(tmp_path), {}, 40)}
-    assert rows["attention"]["gap"].startswith("gate: error") and "median" not in rows["attention"]
-    assert "median" in rows["ours"] and "ratio" in rows["attention, cached"]
-
-
-def a_context(tmp_path):
-    from bench.measure.runner import Context
-
-    return Context(CPU, torch.float32, "reference", True, tmp_path, tmp_path, {})
-
-
-def test_slopes_of_power_laws():
-    def row(provider: str, length: int, power: float) -> dict:
-        return {"provider": provider, "direction": FORWARD, "shape": {"length": length}, "median": length**power}
-
-    lengths = [128, 8192, 16384, 32768]
-    rows = [row(name, length, power) for name, power in (("ours", 1.0), ("sdpa", 2.0)) for length in lengths]
-    rows += [row("short", 128, 1.0)]
-    # Short lengths, where fixed costs dominate, have no say.
-    rows[0]["median"] = 1e9
-    found = {row["provider"]: row for row in scaling.slopes([*rows, {"provider": "x", "gap": "none"}])}
-    assert found["ours"]["slope"] == 1.0 and found["sdpa"]["slope"] == 2.0
-    assert found["short"]["slope"] is None
-    assert (found["ours"]["from_length"], found["ours"]["to_length"]) == (8192, 32768)
+def test_groups_of_a_gpu_hold_every_contender_once(tmp_path):
+    context = replace(HERE, device=torch.device("cuda"), quick=False, options={"operations": OPERATIONS})
+    names = [case.name for case in kernels.cases(context)]
+    assert len(set(names)) == len(names) and {"layer/C/forms", "layer/P/forms/graph", "tree/D/forms"} <= set(names)
+    for operation, found in REGISTRY.items():
+        if operation in OPERATIONS:
+            groups = {kernels.group_of(name) for name in found if name != OURS}
+            assert groups <= set(kernels.GROUPS)
+            assert {name.split("/")[2] for name in names if name.startswith(f"{operation}/C/")} == groups | {"forms"}

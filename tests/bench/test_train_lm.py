@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from bench.errors import InputError, RunError
+from bench.files import write_file
 from bench.lm import generate as generate_module
 from bench.lm import train_lm
-from bench.lm.checkpoint import Checkpoint, write_file
+from bench.lm.checkpoint import Checkpoint
 from bench.lm.settings import resolve
 from bench.lm.training import Trainer, learning_rate
 from lmn_kernels import BackendError

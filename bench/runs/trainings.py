@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from bench.errors import InputError
+from bench.lm.checkpoint import Checkpoint
+from bench.lm.corpora import TINYSHAKESPEARE_SHA256, load
+from bench.lm.ranks import Ranks
+from bench.lm.settings import Settings
+from bench.lm.train_lm import CHECKPOINT
+from bench.lm.train_lm import Run as TrainingRun
 from bench.measure.journal import Row
 from bench.measure.runner import Context
-
-from .checkpoint import Checkpoint
-from .corpora import TINYSHAKESPEARE_SHA256, load
-from .ranks import Ranks
-from .settings import Settings
-from .train_lm import CHECKPOINT
-from .train_lm import Run as TrainingRun
 
 # Where the text lay, and how much was said at the end, change no loss.
 _FREE = ("data", "sample_tokens")

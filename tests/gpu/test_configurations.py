@@ -1,63 +1,35 @@
-"""Every configuration of every kernel, alone, against the float64 reference.
+"""Every configuration of every Triton kernel, alone, against the float64 reference.
 
-Configurations are run at the sizes that they are made for. Off a GPU this needs ``TRITON_INTERPRET=1``.
+Configurations are run at the sizes that they are made for. Off a GPU this needs ``TRITON_INTERPRET=1``. The kernels'
+own launchers are called: nothing else can serve.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from bench.close import TOLERANCE, assert_close, assert_same_gradients, error
-from lmn_kernels import LinearMerge, Sequences
-from lmn_kernels._triton.launch import launch_for
-from python_ref import attention as ref_attention
-from python_ref import tree as ref_tree
-from python_ref.layout import Layout, level_count, stack_height
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip(
+        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
+        allow_module_level=True,
+    )
+pytest.importorskip("triton", reason="triton is not installed")
 
-from .stage import Report, Settings, Skipped, case
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FORMS = ("equal", "odd", "padded", "packed", "continued")
-
-
-def sequences_of(form: str, length: int, device: torch.device) -> Sequences:
-    """A batch of the form whose longest sequence has ``length`` tokens."""
-
-    def ids(*values: int) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    if form == "equal":
-        return Sequences.equal(2, length)
-    if form == "odd":
-        return Sequences.equal(3, length - 1 + length % 2)
-    if form == "padded":
-        return Sequences.padded(3, length, ids(length, 0, length // 3))
-    if form == "packed":
-        return Sequences.packed(2 * length + 10, ids(0, 3, 3, length, length + 1, 2 * length))
-    before = 2 * length + 3
-    return Sequences.equal(2, length).after(ids(before, 5), before, level_count(before))
-
-
-def layout_of(sequences: Sequences, expand: int, device: torch.device) -> Layout:
-    return Layout(sequences, expand, device)
-
-
-def triton_or_skip(settings: Settings) -> None:
-    """The Triton kernels run on this device, or the stage is skipped.
-
-    Raises:
-        Skipped: it is a CPU, and no interpreter is set up.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-    if settings.device != "cuda" and not interpreted:
-        raise Skipped("Triton kernels need a CUDA device, or triton and TRITON_INTERPRET=1")
+from bench.close import TOLERANCE, assert_close, assert_same_gradients, error  # noqa: E402
+from lmn_kernels._triton import attention, tree  # noqa: E402
+from lmn_kernels._triton.launch import KERNELS, LAUNCHES, launch_for  # noqa: E402
+from python_ref import attention as ref_attention  # noqa: E402
+from python_ref import tree as ref_tree  # noqa: E402
+from python_ref.layout import Layout, stack_height  # noqa: E402
+from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
+from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
 
 
 class AttendCase(NamedTuple):
@@ -65,23 +37,19 @@ class AttendCase(NamedTuple):
     width: int
 
     def __str__(self) -> str:
-        return f"attend {str(self.dtype).removeprefix('torch.')} heads of {self.width}"
+        return f"attend {short(self.dtype)} heads of {self.width}"
 
 
-def attend_cases(settings: Settings) -> list[AttendCase]:
-    from lmn_kernels._triton.launch import LAUNCHES
-
+def attend_cases(place: Place) -> list[AttendCase]:
     found = []
     for dtype in DTYPES:
         widths = {*LAUNCHES.widths("attend_fwd", dtype), *LAUNCHES.widths("attend_bwd", dtype)}
         found += [AttendCase(dtype, width) for width in sorted(widths)]
-    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if settings.quick else found
+    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if place.quick else found
 
 
 def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Errors of the forward and the backward in the configuration of ``given``, over three layouts."""
-    from lmn_kernels._triton import attention as kernels
-
     dtype, width = given
     forward, backward = (launch_for(name, width, dtype, device) for name in ("attend_fwd", "attend_bwd"))
     values, gradients = TOLERANCE[dtype]
@@ -95,10 +63,10 @@ def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterat
         exact = token_qkv.double(), node_qv.double()
         expected, expected_lse = ref_attention.attend(*exact, heads, layout)
         want = ref_attention.attend_backward(grad.double(), *exact, expected, expected_lse, heads, layout)
-        out, lse = kernels.attend(token_qkv, node_qv, heads, layout, launch=forward)
+        out, lse = attention.attend(token_qkv, node_qv, heads, layout, launch=forward)
         assert_close(f"{form} out", out, expected, values)
         assert_close(f"{form} lse", lse, expected_lse, TOLERANCE[torch.float32][0])
-        got = kernels.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout, launch=backward)
+        got = attention.attend_backward(grad, token_qkv, node_qv, out, lse, heads, layout, launch=backward)
         for name, g, w in zip(("d_token_qkv", "d_node_qv"), got, want, strict=True):
             assert_close(f"{form} {name}", g, w, gradients)
             yield f"{form} {name}", error(g, w)
@@ -115,7 +83,7 @@ class TreeCase(NamedTuple):
     kind: str
 
     def __str__(self) -> str:
-        return f"tree {self.launch} {str(self.dtype).removeprefix('torch.')} E={self.size} {self.form} {self.kind}"
+        return f"tree {self.launch} {short(self.dtype)} E={self.size} {self.form} {self.kind}"
 
 
 BLOCK_SIZES, ALL_SIZES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
@@ -129,14 +97,12 @@ def launches_of(kind: str) -> tuple[str, ...]:
     return ("tree_bwd_weight",) if kind == "weight" else (f"tree_{kind}_fwd", f"tree_{kind}_bwd")
 
 
-def tree_cases(settings: Settings) -> list[TreeCase]:
+def tree_cases(place: Place) -> list[TreeCase]:
     """Every table entry in every dtype with the plain summarizer, and every other summarizer at E = 64.
 
     Raises:
         AssertionError: the tables have entries that this list does not know of.
     """
-    from lmn_kernels._triton.launch import KERNELS, LAUNCHES
-
     names = [name for name in KERNELS if name.startswith("tree_")]
     listed = {(name, dtype): LAUNCHES.widths(name, dtype) for name in names for dtype in DTYPES}
     expected = {
@@ -157,22 +123,7 @@ def tree_cases(settings: Settings) -> list[TreeCase]:
     for dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "separable", "expander"):
             found += [TreeCase("tail", dtype, 64, "padded", kind), TreeCase("block", dtype, 64, "odd", kind)]
-    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if settings.quick else found
-
-
-def merge_of(kind: str, size: int, bank: int, device: torch.device) -> LinearMerge:
-    """Random weights under which a node varies as much as its children."""
-    groups, features = (1, bank * size) if kind == "mixed" else (bank, size)
-    taps = 2 if kind == "expander" else 1
-    rows = features if kind == "separable" else 2 * features
-    weight = torch.randn(groups, taps, rows, features, device=device) * (taps * rows) ** -0.5
-    scale = torch.randn(2, groups, features, device=device) * 0.5**0.5 if kind == "separable" else None
-    return LinearMerge(weight, torch.randn(groups, features, device=device) * 0.1, scale)
-
-
-def cast(merge: LinearMerge, dtype: torch.dtype) -> LinearMerge:
-    scale = None if merge.scale is None else merge.scale.to(dtype)
-    return LinearMerge(merge.weight.to(dtype), merge.bias.to(dtype), scale)
+    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if place.quick else found
 
 
 def real_rows(layout: Layout) -> Tensor:
@@ -188,8 +139,6 @@ def real_rows(layout: Layout) -> Tensor:
 
 def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Errors of the nodes and of the worst gradient, and proof that the launch served them."""
-    from lmn_kernels._triton import tree as kernels
-
     launch, dtype, size, form, kind = given
     # An embedding that fills no tile where the tables allow it.
     size = size if launch in ("block", "library") or kind != "linear" else size * 3 // 4 + (size == 256) * size // 2
@@ -214,10 +163,10 @@ def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[t
         used.add(kernel)
         return launch_for(kernel, *args)
 
-    elements = TAIL_ELEMENTS.get(launch, kernels.TAIL_ELEMENTS)
-    with mock.patch.object(kernels, "launch_for", watched), mock.patch.object(kernels, "TAIL_ELEMENTS", elements):
-        nodes = kernels.build_tree(x, merge, bank, token, carried, layout)
-        got = kernels.build_tree_backward(grad, x, nodes, merge, token, layout)
+    elements = TAIL_ELEMENTS.get(launch, tree.TAIL_ELEMENTS)
+    with mock.patch.object(tree, "launch_for", watched), mock.patch.object(tree, "TAIL_ELEMENTS", elements):
+        nodes = tree.build_tree(x, merge, bank, token, carried, layout)
+        got = tree.build_tree_backward(grad, x, nodes, merge, token, layout)
     values, gradients = TOLERANCE[dtype]
     assert_close("nodes", nodes[:, real], expected[:, real], values)
     names = ["x", "weight", "bias", "scale", "token", "carried"]
@@ -230,17 +179,21 @@ def check_tree(given: TreeCase, length: int, device: torch.device) -> Iterator[t
     yield "gradients", max(error(g, w) for g, w in zip(got_grads, want_grads, strict=True))
 
 
-def configurations(settings: Settings, report: Report) -> None:
-    """Stage: every configuration alone."""
-    triton_or_skip(settings)
-    device = settings.torch_device
-    length = 20 if settings.quick else 1000
-    cases: list[AttendCase | TreeCase] = [*attend_cases(settings), *tree_cases(settings)]
-    for given in settings.mine(cases):
-        with case(report, str(given)) as row:
-            torch.manual_seed(0)
-            if isinstance(given, AttendCase):
-                errors = check_attend(given, length, device)
-            else:
-                errors = check_tree(given, length, device)
-            row["worst"], row["error"] = max(errors, key=lambda pair: pair[1])
+def first_attend(case: AttendCase) -> bool:
+    return case.width == 64 and case.dtype != torch.float16
+
+
+def first_tree(case: TreeCase) -> bool:
+    return case.size in (64, 128, 256) and case.kind == "linear" and case.dtype != torch.float16
+
+
+@everywhere(attend_cases, first_attend)
+def test_attention_in_every_configuration(place, case, record_property):
+    errors = check_attend(case, 20 if place.quick else 1000, place.torch_device)
+    record_property("error", max(found for _, found in errors))
+
+
+@everywhere(tree_cases, first_tree)
+def test_the_tree_in_every_configuration(place, case, record_property):
+    errors = check_tree(case, 20 if place.quick else 1000, place.torch_device)
+    record_property("error", max(found for _, found in errors))

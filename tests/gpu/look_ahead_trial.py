@@ -1,29 +1,21 @@
-"""What the GPU check does with LaMemo: every kernel against float64, models over segments, and times."""
+"""LaMemo's kernels against float64 and themselves, and models of them over segments."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients, error
-from bench.contenders.look_ahead import OPERATIONS, LookAheadShape
-from bench.contenders.providers import REGISTRY
-from bench.measure.comparison import Comparison, Limits
-from bench.measure.gate import FORWARD, TRAINING
-from bench.runs.lamemo import GPU_SHAPES
-from bench.runs.lamemo import QUICK_SHAPES as QUICK_TIMED
 from lmn_kernels import LookAheadMemory
 from python_ref import look_ahead as reference
-
-from . import timings
-from .configs import DTYPES, triton_or_skip
-from .correctness import filled
-from .stage import Report, Settings, case
+from tests.support.allocations import filled
+from tests.support.places import Place
+from tests.support.served import Served
 
 RUNS = 5
 
@@ -40,6 +32,13 @@ class LookAheadCase(NamedTuple):
     own_table: bool = False
     late: bool = False
     alone: bool = False
+
+    @property
+    def text(self) -> str:
+        """Sizes, and what is not the plain case."""
+        named = [name for name in ("own_table", "late", "alone") if getattr(self, name)]
+        sizes = f"B={self.batch} T={self.tokens} M={self.memory} W={self.window} H={self.heads} D={self.size}"
+        return " ".join([sizes, *named])
 
     @property
     def rows(self) -> int:
@@ -81,18 +80,17 @@ def inputs(shape: LookAheadCase, dtype: torch.dtype, device: torch.device) -> In
     return made[:4], (*seeds, start), (made[5], grad_lse)
 
 
-def run_kernels(shape: LookAheadCase, given: Inputs, settings: Settings) -> list[Tensor]:
+def run_kernels(shape: LookAheadCase, given: Inputs, place: Place) -> list[Tensor]:
     """Output, log-sum-exp and the gradients of q, kv, bias and table."""
-    package = "python_ref" if settings.backend == "reference" else "lmn_kernels._triton"
-    kernels = importlib.import_module(f"{package}.look_ahead")
+    kernels = importlib.import_module(f"{place.package}.look_ahead")
     operands, before, grads = given
     out, lse = kernels.attend(*operands, *before, *shape.arguments)
     return [out, lse, *kernels.attend_backward(*grads, *operands, out, lse, before[2], *shape.arguments)]
 
 
-def check_kernels(shape: LookAheadCase, dtype: torch.dtype, settings: Settings) -> Iterator[tuple[str, float]]:
+def check_kernels(shape: LookAheadCase, dtype: torch.dtype, place: Place) -> Iterator[tuple[str, float]]:
     """Errors of result and gradients against float64; the same again to the bit, from poisoned memory as well."""
-    given = operands, before, grads = inputs(shape, dtype, settings.torch_device)
+    given = operands, before, grads = inputs(shape, dtype, place.torch_device)
     output, lse, start = before
     q, kv, bias, table, grad, grad_lse = (tensor.double() for tensor in (*operands, *grads))
     wide = [None if seed is None else seed.double() for seed in (output, lse)]
@@ -101,7 +99,7 @@ def check_kernels(shape: LookAheadCase, dtype: torch.dtype, settings: Settings) 
         grad, grad_lse, q, kv, bias, table, expected, expected_lse, start, *shape.arguments
     )
 
-    got = run_kernels(shape, given, settings)
+    got = run_kernels(shape, given, place)
     values, gradients = TOLERANCE[dtype]
     for name, g, w in zip(("out", "lse"), got[:2], (expected, expected_lse), strict=True):
         assert_close(name, g.double(), w, values)
@@ -111,33 +109,36 @@ def check_kernels(shape: LookAheadCase, dtype: torch.dtype, settings: Settings) 
     yield "gradients", max(error(g, w) for g, w in zip(got[2:], want, strict=True))
     for fill in [False] * RUNS + [True]:
         with filled(fill):
-            again = run_kernels(shape, given, settings)
+            again = run_kernels(shape, given, place)
         assert all(torch.equal(a, g) for a, g in zip(again, got, strict=True)), f"differs, poison: {fill}"
 
 
-def check_model(attn_type: int, dtype: torch.dtype, settings: Settings) -> Iterator[tuple[str, float]]:
+def check_model(attn_type: int, dtype: torch.dtype, place: Place) -> Iterator[tuple[str, float]]:
     """Outputs, caches and gradients of a stack over segments of unequal lengths against the same in float64.
 
     Gradients in float32 alone: in 16 bits a feed-forward's ReLU lets others through than in float64.
     """
-    device = settings.torch_device
-    lengths, memory = ((5, 5, 2), 8) if settings.quick else ((64, 64, 30, 64), 130)
-    size = 16 if settings.quick else 128
+    device = place.torch_device
+    lengths, memory = ((5, 5, 2), 8) if place.quick else ((64, 64, 30, 64), 130)
+    size = 16 if place.quick else 128
     models = [
         LookAheadMemory(
             size, 3, 4, memory_length=memory, attn_type=attn_type, backend=backend, dtype=kind, device=device
         )
-        for kind, backend in ((dtype, settings.backend), (torch.float64, "reference"))
+        for kind, backend in ((dtype, place.backend), (torch.float64, "reference"))
     ]
     models[1].load_state_dict(models[0].state_dict())
     states: list = [None, None]
+    served = Served()
     for number, length in enumerate(lengths):
         x, cotangent = (torch.randn(2, length, size, device=device).to(dtype) for _ in range(2))
         found = []
         for index, model in enumerate(models):
             given = x.detach().clone().to(torch.float64 if index else dtype).requires_grad_()
-            y, states[index] = model(given, states[index])
-            grads = torch.autograd.grad(y, [given, *model.parameters()], cotangent.to(y.dtype), materialize_grads=True)
+            with contextlib.nullcontext() if index else served:
+                y, states[index] = model(given, states[index])
+                leaves = [given, *model.parameters()]
+                grads = torch.autograd.grad(y, leaves, cotangent.to(y.dtype), materialize_grads=True)
             found.append([y.detach(), *states[index].outputs, *states[index].lse, *grads])
         cached = 1 + 2 * len(states[0].outputs)
         bar = 3 * TOLERANCE[dtype][0], 3 * TOLERANCE[dtype][1]
@@ -147,52 +148,4 @@ def check_model(attn_type: int, dtype: torch.dtype, settings: Settings) -> Itera
             names = ["x", *dict(models[0].named_parameters())]
             assert_same_gradients(names, found[0][cached:], found[1][cached:], bar[1])
         yield f"segment {number}", max(error(g, w) for g, w in zip(found[0][:cached], found[1][:cached], strict=True))
-
-
-def look_ahead(settings: Settings, report: Report) -> None:
-    """Stage: LaMemo's kernels in every configuration, and its model over segments, against float64."""
-    if settings.backend == "triton":
-        triton_or_skip(settings)
-    shapes = QUICK_SHAPES if settings.quick else SHAPES
-    checks: list[tuple[str, Callable[[], Iterator[tuple[str, float]]]]] = []
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        for shape in shapes:
-            if dtype != torch.float32 or shape.size <= 64:
-                checks.append((f"{shape} {name}", functools.partial(check_kernels, shape, dtype, settings)))
-        for attn_type in (3, 31, 32, 0):
-            whole = functools.partial(check_model, attn_type, dtype, settings)
-            checks.append((f"model of attn_type {attn_type} {name}", whole))
-    for name, check in settings.mine(checks):
-        with case(report, name) as row:
-            torch.manual_seed(0)
-            row["worst"], row["error"] = max(check(), key=lambda pair: pair[1])
-
-
-def small_segments(settings: Settings) -> None:
-    """What runs under compute-sanitizer: every kernel at every head size, forward and backward."""
-    for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32) if shape.size <= 64 else (torch.bfloat16,):
-            run_kernels(shape, inputs(shape, dtype, settings.torch_device), settings)
-
-
-def time_look_ahead(settings: Settings, report: Report) -> None:
-    """Stage: attention and layer of LaMemo against the literal form, with memory, and the share of the fused floor."""
-    device = settings.torch_device
-
-    def one(operation: str, shape: LookAheadShape) -> None:
-        names = [name for name in REGISTRY[operation] if "compiled" not in name]
-        limits = Limits(seconds=20, budget=settings.turn_seconds)
-        ways = (FORWARD, TRAINING)
-        comparison = Comparison(
-            operation, shape, timings.DTYPE, device, names, ways, limits, settings.quick, settings.backend
-        )
-        comparison.check()
-        for timed, held in zip(comparison.time(), comparison.memory(), strict=True):
-            key = f"{operation}/{timed['direction']}/{timed['provider']}/{shape.name}"
-            value = {"value": timed["median"], "unit": "ms"} if "median" in timed else {}
-            report({"case": key, "key": key, **value, **held, **timed})
-
-    for shape in QUICK_TIMED if settings.quick else GPU_SHAPES:
-        for operation in OPERATIONS:
-            timings.attempt(report, f"{operation} at {shape.name}", device, one, operation, shape)
+    served.check(place.backend, "look_ahead_attend", "look_ahead_attend_backward")
