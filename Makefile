@@ -17,7 +17,7 @@ TESTS = -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 # The definition, the reference, operations, layers, states, the step, and the rules of the house.
 CORE := tests/ops tests/layers tests/states tests/kernels tests/packaging tests/bench/test_close.py
 # Triton's interpreter is chosen when Triton is imported, so it takes processes of its own.
-INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu -m interpret $(TESTS)
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -m interpret $(TESTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help

@@ -18,7 +18,7 @@ import torch
 from lmn_kernels import BackendError
 
 from .contenders.providers import PROBLEMS, REGISTRY
-from .errors import InputError, RunError
+from .errors import InputError, RunError, first_line
 from .measure.runner import Context, Run, execute
 from .report import report
 
@@ -33,10 +33,6 @@ _GENERAL = ("run", "quick", "rehearse", "device", "results", "scratch", "fresh",
 def load(name: str) -> Run:
     """The module of a run."""
     return cast(Run, importlib.import_module(f"bench.runs.{name.replace('-', '_')}"))
-
-
-def first_line(text: str | None) -> str:
-    return (text or "").partition("\n")[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +111,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one of this machine's, got {name!r} ({first_line(str(error))})") from error
+        raise InputError(f"device: expected one of this machine's, got {name!r} ({first_line(error)})") from error
     return device
 
 

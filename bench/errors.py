@@ -9,3 +9,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run itself cannot go on (a full disk, a loss that is not finite); exit status 1."""
+
+
+def first_line(reason: object) -> str:
+    """Of what an exception or a docstring says."""
+    return str(reason).partition("\n")[0]

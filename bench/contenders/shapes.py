@@ -82,10 +82,8 @@ QUICK_SHAPES = _shapes(
     Shape("M", 1, 128, 8, 2, 1),
 )
 
-# Goal 9: one layer at E = 512 over growing L. Goal 3: 32768 tokens at E = 1024, cut into ever longer rows.
-SCALING = [Shape(str(1 << k), 1, 1 << k, 512, 8, 1) for k in range(13, 21)]
+# Goal 3: 32768 tokens at E = 1024, cut into ever longer rows.
 CROSSOVER = [Shape(str(1 << k), 1 << (15 - k), 1 << k, 1024, 16, 1) for k in range(9, 15)]
-QUICK_SCALING = [Shape(str(1 << k), 1, 1 << k, 8, 2, 1) for k in range(5, 8)]
 QUICK_CROSSOVER = [Shape(str(1 << k), 1 << (6 - k), 1 << k, 16, 2, 1) for k in range(4, 6)]
 
 
@@ -117,19 +115,9 @@ def floor_ms(shape: Shape, stage: str, direction: str, rate: float, bandwidth: f
     return 1e3 * max(compute, moved_bytes(shape, stage, direction, itemsize) / bandwidth)
 
 
-def staged_floor_ms(shape: Shape, rate: float, bandwidth: float) -> float:
-    """Forward and backward, every stage at its own roofline (section 3, table d)."""
-    return sum(floor_ms(shape, stage, way, rate, bandwidth) for stage in STAGES for way in DIRECTIONS)
-
-
 def naive_peak_bytes(shape: Shape) -> float:
     """Peak of the materialising form, forward and backward: 5.9·S·U (section 3, activation memory)."""
     return 5.9 * shape.slots * shape.unit
-
-
-def our_peak_bytes(shape: Shape) -> float:
-    """Peak of the fused form with everything saved: (10 + 5m)·U (section 3, activation memory)."""
-    return (10 + 5 * shape.bank) * shape.unit
 
 
 def decode_bytes(batch: int, embedding: int, length: int, bank: int = 1) -> int:

@@ -57,7 +57,7 @@ def _tests(files: Sequence[str], *chosen: str) -> partial[None]:
     return partial(tests, tuple(files), ("-m", "gpu", *chosen))
 
 
-def _forms(operations: Sequence[str], shapes: str, group: str = "forms") -> partial[None]:
+def _cases(operations: Sequence[str], shapes: str, group: str = "main") -> partial[None]:
     return partial(runs, "kernels", tuple(f"{name}/{shape}/{group}" for shape in shapes for name in operations))
 
 
@@ -65,13 +65,13 @@ ALL = [
     Stage("facts", "device, driver, versions, commit, clocks", "facts", 15, facts),
     Stage("smoke", "a case of every kernel", "check", 45,
           partial(tests, (*CONFIGURATIONS, *LAYERS, *LOOK_AHEAD, *STEP), ("-m", "smoke")), 12),
-    Stage("kernels", "parts of a layer, forward and backward, at C and D", "timing", 45, _forms(OPERATIONS, "CD")),
+    Stage("kernels", "parts of a layer, forward and backward, at C and D", "timing", 45, _cases(OPERATIONS, "CD")),
     Stage("time_layers", "layers and the materialising form at C and D, with memory", "timing", 45,
-          _forms(("layer",), "CD")),
-    Stage("small", "shapes P and A, eager and as CUDA graphs", "timing", 35, _forms(("layer", *OPERATIONS), "PA")),
+          _cases(("layer",), "CD")),
+    Stage("small", "shapes P and A, eager and as CUDA graphs", "timing", 35, _cases(("layer", *OPERATIONS), "PA")),
     Stage("time_decode", "a token against attention over a KV cache", "timing", 30,
           partial(runs, "decode", ("E=1024/B=1", "E=1024/B=32"))),
-    Stage("attention", "the layer beside flash and cuDNN at C", "timing", 20, _forms(("layer",), "C", "attention")),
+    Stage("attention", "the layer beside flash and cuDNN at C", "timing", 20, _cases(("layer",), "C", "attention")),
     Stage("repeats", "equal runs, side streams, a step as a CUDA graph", "check", 30,
           _tests([*LAYERS, *STEP], "-k", "equal_runs or side_stream or captured"), 4),
     Stage("bfloat16", "every configuration in bfloat16", "check", 35, _tests(CONFIGURATIONS, "-k", "bfloat16"), 14),
@@ -88,16 +88,16 @@ ALL = [
           _tests(STEP, "-k", "float64"), 4, "second"),
     Stage("sanitizer", "compute-sanitizer, where it is installed", "check", 50, sanitizer, 1, "third"),
     Stage("scaling", "ours from 8k to 1M tokens", "timing", 25, partial(runs, "scaling", ("ours/",)), 1, "third"),
-    Stage("long", "layers at M", "timing", 15, _forms(("layer",), "M"), 1, "third"),
+    Stage("long", "layers at M", "timing", 15, _cases(("layer",), "M"), 1, "third"),
     Stage("compiled", "the materialising form under torch.compile at C", "timing", 35,
-          _forms(("layer",), "C", "compiled"), 1, "third"),
+          _cases(("layer",), "C", "compiled"), 1, "third"),
     Stage("time_look_ahead", "LaMemo against the literal form", "timing", 35, partial(runs, "lamemo", ("look-ahead",)),
           1, "third"),
     Stage("all_decode", "a token at every size", "timing", 35, partial(runs, "decode", ("E=",)), 1, "third"),
     Stage("crossover", "rows of ever more tokens beside flash and cuDNN", "timing", 20,
           partial(runs, "crossover", ("layer/",)), 1, "third"),
-    Stage("linear", "layers beside linear attention at C", "timing", 15, _forms(("layer",), "C", "linear"), 1, "third"),
-    Stage("beside", "the layer beside flash and cuDNN at D and A", "timing", 15, _forms(("layer",), "DA", "attention"),
+    Stage("linear", "layers beside linear attention at C", "timing", 15, _cases(("layer",), "C", "linear"), 1, "third"),
+    Stage("beside", "the layer beside flash and cuDNN at D and A", "timing", 15, _cases(("layer",), "DA", "attention"),
           1, "third"),
 ]  # fmt: skip
 

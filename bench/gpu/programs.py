@@ -13,7 +13,6 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 
 from bench.__main__ import main as bench
@@ -73,6 +72,9 @@ def tests(wanted: Sequence[str], chosen: Sequence[str], settings: Settings, repo
         command += ["--shard", f"{settings.shard}/{settings.shards}", *chosen]
     else:
         command += ["--shard", f"0/{SAMPLE}", "-m", "not gpu"]
+    # Not at the top: the other stages do without it.
+    import pytest
+
     os.chdir(ROOT)
     status = pytest.main([*command, *there])
     rows: dict[str, Row] = {}

@@ -207,7 +207,7 @@ class Run:
         write_file(self._out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         write_file(self._out / "curve.csv", curve.to_csv(trainer.rows).encode())
         title = f"{self._settings.model}, {metrics['parameters']:,} parameters, {corpus.name}"
-        write_file(self._out / "curve.svg", curve.to_svg(trainer.rows, title, self._entropy).encode())
+        write_file(self._out / "curve.svg", curve.to_svg(trainer.rows, title, self._entropy))
 
     def _sample(self) -> Sample:
         settings = self._settings

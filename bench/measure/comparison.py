@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.errors import first_line
+
 from . import timing
 from .contender import OURS, BaseProblem, Provider, Size
 from .footprint import footprint
@@ -275,15 +277,11 @@ def _gap(provider: Provider, work: Work) -> str | None:
     try:
         found = work()
     except AssertionError as wrong:
-        return f"gate: {_first_line(wrong)}"
+        return f"gate: {first_line(wrong)[:200]}"
     except torch.OutOfMemoryError:
         return "out of memory, in it or in its check"
     except Exception as reason:  # a peer's fault, whatever its type, is that peer's gap; ours must not pass
         if provider.name == OURS:
             raise
-        return f"{type(reason).__name__}: {_first_line(reason)}"
+        return f"{type(reason).__name__}: {first_line(reason)[:200]}"
     return found if isinstance(found, str) else None
-
-
-def _first_line(reason: BaseException) -> str:
-    return str(reason).partition("\n")[0][:200]

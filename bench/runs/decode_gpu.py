@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.close import TOLERANCE, error
 from bench.contenders.shapes import cache_bytes, decode_bytes
 from bench.contenders.streams import made_up
+from bench.errors import first_line
 from bench.measure.contender import OURS
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
@@ -200,7 +201,7 @@ class Attention:
                 self.tried[f"{name}_us"] = round(1e6 * min(clock.seconds(work, 3) for _ in range(3)), 3)
                 found[self.tried[f"{name}_us"]] = name
             except (RuntimeError, AssertionError) as reason:
-                self.tried[name] = str(reason).partition("\n")[0]
+                self.tried[name] = first_line(reason)
         if not found:
             raise RuntimeError(f"no backend of SDPA serves: {self.tried}")
         self.tried["sdpa"] = found[min(found)]
@@ -276,7 +277,7 @@ class Measurement:
                 work, count, facts = self.cached(n, memory, weights)
                 found[CACHE, n] = work, count, self.head(CACHE, n) | facts
             except RuntimeError as reason:
-                gaps.append({**self.head(CACHE, n), "gap": str(reason).partition("\n")[0]})
+                gaps.append({**self.head(CACHE, n), "gap": first_line(reason)})
         works = {f"{name}/{n}": work for (name, n), (work, _, _) in found.items()}
         taken = take_turns(works, self.clock, 0 if self.context.quick else SECONDS)
         each = {key: [s / count for s in taken["{}/{}".format(*key)]] for key, (_, count, _) in found.items()}

@@ -6,6 +6,7 @@ import pytest
 
 from bench.measure.journal import Row
 from bench.report import goals
+from bench.report.chapters import crossover
 from bench.report.goals import GOALS, goal_rows
 
 LAYERS = {
@@ -92,3 +93,10 @@ def test_the_chapter_has_a_line_for_every_goal():
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == len(GOALS) + 2 and "Not measured: " in text and " inf " in text
     assert sum(" no " in line for line in lines) == len(GOALS) - 1
+
+
+@pytest.mark.parametrize("found, said", [(4096, "from L = 4,096 on"), (None, "at no length")])
+def test_the_chapter_of_the_crossover(found, said):
+    shape = {"name": "512", "batch": 8, "length": 512, "embedding": 64, "heads": 4, "bank": 1}
+    rows = [{**layer(name, "512"), "shape": shape, "unit": "ms"} for name in ("ours", "sdpa-flash")]
+    assert f"Ours beats attention {said}." in crossover([*rows, {"provider": "ours", "crossover": found}])

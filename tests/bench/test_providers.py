@@ -378,9 +378,9 @@ def test_a_backward_pass_is_that_of_the_call_before_it():
 def test_groups_of_a_gpu_hold_every_contender_once(tmp_path):
     context = replace(HERE, device=torch.device("cuda"), quick=False, options={"operations": OPERATIONS})
     names = [case.name for case in kernels.cases(context)]
-    assert len(set(names)) == len(names) and {"layer/C/forms", "layer/P/forms/graph", "tree/D/forms"} <= set(names)
+    assert len(set(names)) == len(names) and {"layer/C/main", "layer/P/main/graph", "tree/D/main"} <= set(names)
     for operation, found in REGISTRY.items():
         if operation in OPERATIONS:
             groups = {kernels.group_of(name) for name in found if name != OURS}
             assert groups <= set(kernels.GROUPS)
-            assert {name.split("/")[2] for name in names if name.startswith(f"{operation}/C/")} == groups | {"forms"}
+            assert {name.split("/")[2] for name in names if name.startswith(f"{operation}/C/")} == groups | {"main"}

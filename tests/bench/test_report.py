@@ -253,6 +253,8 @@ def test_devices_are_apart(results: Path, readme: Path, monkeypatch: pytest.Monk
         in found
     )
     assert found.count("Rerun with `python -m bench kernels`") == 2
+    # The goals are of GPUs alone.
+    assert found.count("\n## Goals") == 1 and "\n## Goals, Made-Up GPU 80GB\n\n|" in found
     assert report.device_names(["cpu: a b", "GPU X"]) == {"cpu: a b": "cpu", "GPU X": "gpu-x"}
     assert report.device_names(["cpu: a", "cpu: b"]) == {"cpu: a": "cpu-a", "cpu: b": "cpu-b"}
 

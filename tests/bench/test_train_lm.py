@@ -130,7 +130,9 @@ def test_results_of_a_run(text: Path, tmp_path: Path, capsys: Any) -> None:
     assert metrics["tokens_per_second"] > 0 and metrics["environment"]["torch"] == torch.__version__
     assert (out / "curve.csv").read_text().count("\n") == 5
     drawing = ElementTree.parse(out / "curve.svg")
-    assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 2
+    lines = {part.get("id"): part.iter("{http://www.w3.org/2000/svg}path") for part in drawing.iter()}
+    # A line, and a marker at each evaluation or one for all of them.
+    assert all(next(lines[split]).get("d").count("L") == 3 for split in ("train", "validation"))
     sample = (out / "sample.txt").read_text()
     assert sample.startswith("the ") and len(sample) == len("the ") + 5 + 1
     said = capsys.readouterr().out

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
         "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
         allow_module_level=True,
@@ -30,6 +31,8 @@ from python_ref import tree as ref_tree  # noqa: E402
 from python_ref.layout import Layout, stack_height  # noqa: E402
 from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
+
+pytestmark = [pytest.mark.interpret] if INTERPRETED else []
 
 
 class AttendCase(NamedTuple):
