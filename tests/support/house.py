@@ -49,7 +49,9 @@ ROOMS: dict[str, set[str]] = {
     "bench.report": _GROUND | {"bench.contenders", "bench.measure"},
     "bench.lm": _PRODUCT | _GROUND | {"bench.contenders", "bench.measure"},
     "bench.runs": _PRODUCT | _GROUND | {"bench.contenders", "bench.measure", "bench.report", "bench.lm"},
-    "bench.gpu": _PRODUCT | _GROUND | {"bench.contenders", "bench.measure", "bench.report", "bench.lm", "bench.runs"},
+    "bench.gpu": _PRODUCT | _GROUND | {
+        "bench", "bench.contenders", "bench.measure", "bench.report", "bench.lm", "bench.runs",
+    },
     "bench": _PRODUCT | _GROUND | {"bench.contenders", "bench.measure", "bench.report", "bench.lm", "bench.runs"},
     "setup": set(),
 }  # fmt: skip
