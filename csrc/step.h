@@ -1,4 +1,4 @@
-// One token per row (specification, section 3): what the CPU and the CUDA half share.
+// One token per row (docs/definition.md, section 3): what the CPU and the CUDA half share.
 //
 // A state holds, per slot of a pool, the position n, the newest token, and the newest node of levels
 // 1 ... D with its q and v. Invariant: the rows of level i hold node(i, (n >> i) - 1), and count once

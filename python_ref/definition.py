@@ -2,7 +2,7 @@
 
 Nothing here is clever on purpose: positions are visited one by one, nodes are Python objects, and no
 code is shared with the implementations that are checked against it. Section numbers are those of the
-specification (``spec/lmn.md``), which follows the original code of arXiv 2501.07905.
+definition in docs/definition.md, which follows the original code of arXiv 2501.07905.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One layout serves equal-length batches, right- and left-padded batches, packed d
 that continue from a state. The tokens of all sequences are the rows of one matrix ``x [M, E]``; a
 sequence is a *span* ``(start, length, offset)``: its tokens are the rows ``start … start+length-1``
 of x and the positions ``n = offset+1 … offset+length`` of the sequence (positions count from 1, as
-in section 1 of the specification).
+in section 1 of docs/definition.md).
 
 The nodes of one bank are the rows of one matrix, level after level, and within a level sequence
 after sequence. A node of level i takes ``1 + i·expand`` rows: the stack of the expander, a single

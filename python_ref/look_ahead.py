@@ -1,4 +1,4 @@
-"""Look-ahead attention (LaMemo, specification sections 1 to 4 and 8) in blocks of queries.
+"""Look-ahead attention (docs/lamemo-definition.md, sections 1 to 4 and 8) in blocks of queries.
 
 The keys of a segment are K rows, the memory first, oldest first, then the T tokens. A *token row* attends to itself
 and all that is before it. A *memory row*, where there are any, attends to what came after it: to the last W keys that

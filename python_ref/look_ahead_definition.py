@@ -1,7 +1,7 @@
 """The definition of look-ahead attention (LaMemo), written from its formulas: dense, literal, slow on purpose.
 
 Every pair of a query and a key has a score of its own, its distance looked up in the table. Plain autograd goes
-through it. See `python_ref.look_ahead` for the rows, and the specification of LaMemo, sections 2 to 4 and 8.
+through it. See `python_ref.look_ahead` for the rows, and docs/lamemo-definition.md, sections 2 to 4 and 8.
 """
 
 from __future__ import annotations

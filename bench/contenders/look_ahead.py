@@ -1,7 +1,7 @@
 """LaMemo in comparisons: its sizes with their FLOPs and bytes, its inputs, and who can do its operations.
 
 These are attention, of a segment over memory and itself and of the memory over what came after it, and the post-norm
-layer around it. Sections are those of the specification of LaMemo.
+layer around it. Sections are those of docs/lamemo-definition.md.
 """
 
 from __future__ import annotations

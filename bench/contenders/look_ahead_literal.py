@@ -1,4 +1,4 @@
-"""LaMemo's layer as its formulas stand (specification of LaMemo, section 8), the way the public code computes it.
+"""LaMemo's layer as its formulas stand (docs/lamemo-definition.md, section 8), the way the public code computes it.
 
 Every pair of a row and a distance has a score in memory: T by K of them for the segment's rows, M by M for the
 memory's, brought to their keys by the shift trick. Gradients are autograd's. Alpha is without an epsilon, so that it

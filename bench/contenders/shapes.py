@@ -1,4 +1,4 @@
-"""Shapes, FLOP and byte counts of section 3 of the performance notes.
+"""Shapes, FLOP and byte counts of docs/costs.md.
 
 T = B·L tokens, U = T·E·2 bytes: one bf16 activation. A layer has four stages: the tree, the projections of
 tokens and nodes, the attention, the output projection. Weights are counted, too: read once, and read and
@@ -88,7 +88,7 @@ QUICK_CROSSOVER = [Shape(str(1 << k), 1 << (6 - k), 1 << k, 16, 2, 1) for k in r
 
 
 def flops(shape: Shape, stage: str, direction: str = "forward") -> float:
-    """Floating-point operations of a stage (section 3: 4m, 6+4m, and 2 times E² a token; attention apart)."""
+    """Floating-point operations of a stage (4m, 6+4m, and 2 times E² a token; attention apart)."""
     squares = shape.tokens * shape.embedding**2
     backward = direction == "backward"
     if stage == "attend":
@@ -98,7 +98,7 @@ def flops(shape: Shape, stage: str, direction: str = "forward") -> float:
 
 
 def moved_bytes(shape: Shape, stage: str, direction: str = "forward", itemsize: int = 2) -> int:
-    """Fewest bytes of a stage (section 3), of that many an element: activations in U, and the weights."""
+    """Fewest bytes of a stage, of that many an element: activations in U, and the weights."""
     m, unit = shape.bank, shape.unit * itemsize // 2
     weights = {"tree": 2 * m, "project": 3, "attend": 0, "out": 1}[stage] * itemsize * shape.embedding**2
     if direction == "forward":
@@ -116,16 +116,16 @@ def floor_ms(shape: Shape, stage: str, direction: str, rate: float, bandwidth: f
 
 
 def naive_peak_bytes(shape: Shape) -> float:
-    """Peak of the materialising form, forward and backward: 5.9·S·U (section 3, activation memory)."""
+    """Peak of the materialising form, forward and backward: 5.9·S·U."""
     return 5.9 * shape.slots * shape.unit
 
 
 def decode_bytes(batch: int, embedding: int, length: int, bank: int = 1) -> int:
-    """Bytes of a token of each row at position ``length``: weights and cached nodes (section 4)."""
+    """Bytes of a token of each row at position ``length``: weights and cached nodes."""
     slots = 1 + bank * (length.bit_length() - 1)
     return (4 + 2 * bank) * embedding**2 * 2 + batch * embedding * 2 * (2 * (slots - 1) + 7)
 
 
 def cache_bytes(batch: int, embedding: int, length: int) -> int:
-    """Bytes of the keys and values that attention over ``length`` tokens reads for a token of each row (section 4)."""
+    """Bytes of the keys and values that attention over ``length`` tokens reads for a token of each row."""
     return 4 * batch * embedding * length

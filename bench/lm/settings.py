@@ -123,7 +123,7 @@ _MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(RECURRENT, {"memory": None, "inner": None}),
 }
 
-# The original's experiments (specification, section 7).
+# The original's experiments (docs/definition.md, section 7).
 _PAPER: dict[str, Any] = {
     "layers": 4,
     "heads": 4,

@@ -1,4 +1,4 @@
-"""The goals of section 6 of the performance notes, beside what the rows of a GPU say."""
+"""The goals of docs/costs.md, beside what the rows of a GPU say."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from bench.report.terminal import table
 
 from .trainings import Training, digest_of, flags
 
-# Parameters, losses on the training and the validation split (specification, section 7).
+# Parameters, losses on the training and the validation split (docs/definition.md, section 7).
 PAPER: dict[tuple[int, str], tuple[int, float, float]] = {
     (32, "gpt2"): (71_105, 1.8438, 1.9704),
     (32, "logmem"): (71_489, 1.5733, 1.7742),

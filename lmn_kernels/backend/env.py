@@ -1,4 +1,4 @@
-"""The only reader of environment variables at run time; the README lists them."""
+"""The only reader of environment variables at run time; docs/install.md lists them."""
 
 from __future__ import annotations
 

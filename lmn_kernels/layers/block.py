@@ -1,4 +1,4 @@
-"""The block of the original, fast: a drop-in for its modules (specification, section 5)."""
+"""The block of the original, fast: a drop-in for its modules (docs/definition.md, section 5)."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ _FLOAT32_EPS, _FLOAT64_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.f
 
 
 class ExpanderSummarizerLogarithmicMemory(LogarithmicMemory):
-    """The block whose nodes widen as they rise (specification, section 6; paper section 3.6).
+    """The block whose nodes widen as they rise (docs/definition.md, section 6; paper section 3.6).
 
     Args:
         expand: k ≥ 0; a node of level i is a stack of 1 + i·k vectors.

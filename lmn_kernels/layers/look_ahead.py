@@ -41,7 +41,7 @@ class Reach(NamedTuple):
 class LookAheadMemoryAttention(nn.Module):
     """Relative attention of a segment over memory and itself, and of the memory over what came after it.
 
-    With the projections, the residual and the norm (specification of LaMemo, sections 2 to 5). What the memory's rows
+    With the projections, the residual and the norm (docs/lamemo-definition.md, sections 2 to 5). What the memory's rows
     found in earlier segments is merged with what they find in this one by their log-sum-exps.
 
     Args:

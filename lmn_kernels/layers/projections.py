@@ -1,4 +1,4 @@
-"""Single-vector attention as a module: its four projections (specification, section 4)."""
+"""Single-vector attention as a module: its four projections (docs/definition.md, section 4)."""
 
 from __future__ import annotations
 

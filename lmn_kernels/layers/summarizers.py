@@ -1,4 +1,4 @@
-"""Summarizers: how two nodes become one (specification, sections 1, 5 and 6)."""
+"""Summarizers: how two nodes become one (docs/definition.md, sections 1, 5 and 6)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def keeps(device_type: str, dtype: torch.dtype, state_dtype: torch.dtype) -> boo
 def update_(
     x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
 ) -> None:
-    """Take tokens into a pool of states, in place (specification, section 3).
+    """Take tokens into a pool of states, in place (docs/definition.md, section 3).
 
     Level i of a row is summarised again iff bit i of ``(n-1) XOR n`` is set; everything else stays as it is,
     to the bit. What is new is projected to its q and v.
@@ -53,7 +53,7 @@ def update_(
 def decode_(
     x: Tensor, state: MemoryState, weights: StepWeights, *, slots: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Take tokens into a pool of states, in place, and attend at each of them (specification, sections 3 and 4).
+    """Take tokens into a pool of states, in place, and attend at each of them (docs/definition.md, sections 3 and 4).
 
     Arguments and errors are those of `update_`.
 

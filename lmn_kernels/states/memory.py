@@ -28,7 +28,7 @@ MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arit
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MemoryState:
-    """What a layer remembers of B sequences, each at its own position (specification, section 3).
+    """What a layer remembers of B sequences, each at its own position (docs/definition.md, section 3).
 
     Layers never change a state: they return a new one that shares no storage with it, and gradients flow
     through both. Only `restore` and what is named with an underscore behind it (``step_``, ``decode_``,

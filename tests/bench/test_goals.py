@@ -1,4 +1,4 @@
-"""The goals of the performance notes: read off the rows of runs, met at their limits, and missed below them."""
+"""The goals of docs/costs.md: read off the rows of runs, met at their limits, and missed below them."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_pairs_are_those_of_the_masks(tokens: int, memory: int) -> None:
     assert LookAheadShape("", 1, tokens, memory, 8, 1, 8, 8).pairs == behind + ahead
 
 
-def test_counts_of_the_specification() -> None:
+def test_counts_of_the_definition() -> None:
     """The table of section 9, whose projections have the distances ahead twice."""
     for shape, core, projections, feedforward in zip(
         GPU_SHAPES, (32.2, 3.6, 129), (43.8, 13.1, 110), (85.9, 33.1, 215), strict=True

@@ -94,7 +94,7 @@ def test_streams_are_a_function_of_the_seed() -> None:
 
 
 def _literal(n: int, distance: int) -> int:
-    """The slots of position n as the specification lists them, as sets of tokens."""
+    """The slots of position n as the definition lists them, as sets of tokens."""
     pair = {n - distance - 1, n - distance}
     for level in range(1, n.bit_length()):
         block = n // 2**level - 1

@@ -1,4 +1,4 @@
-"""FLOPs, bytes and floors of layers and of decoding are those of the performance notes."""
+"""FLOPs, bytes and floors of layers and of decoding are those of docs/costs.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.contenders.shapes import (
 )
 from bench.runs.decode_gpu import LENGTHS, ORDER
 
-# Section 3 of the performance notes: GFLOP and MB of tree, projections, attention, output projection.
+# Of docs/costs.md: GFLOP and MB of tree, projections, attention, output projection.
 TABLE = {
     ("A", "forward"): ((17, 43, 0.3, 8.6), (51, 119, 101, 34)),
     ("A", "backward"): ((34, 86, 0.8, 17), (137, 238, 201, 69)),
@@ -74,7 +74,7 @@ def test_mean_slots_is_the_mean(length):
     assert shape.slots == 1 + 3 * int(math.log2(length))
 
 
-# Section 4 of the performance notes: MB of weights and of the state at 131k, microseconds of attention at 3.0 TB/s.
+# Of docs/costs.md: MB of weights and of the state at 131k, microseconds of attention at 3.0 TB/s.
 DECODE_TABLE = {
     (512, 1): (3.1, 0.04, (23, 90, 717)),
     (512, 32): (3.1, 1.3, (717, 2864, 22907)),
