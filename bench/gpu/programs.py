@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bench.__main__ import main as bench
 from bench.measure.environment import clocks, describe
 from bench.measure.journal import read
+from bench.runs.command import main as bench
 from lmn_kernels.backend import extension
 
 from .stage import Report, Row, Settings, Skipped

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import __main__ as bench
 from bench.contenders.look_ahead import OPERATIONS, LookAheadShape
 from bench.lm import settings
 from bench.lm.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from bench.measure import timing
 from bench.measure.journal import Row, read
 from bench.measure.runner import Ceilings, Context, execute
 from bench.report import chapters as report_chapters
+from bench.runs import command as bench
 from bench.runs import lamemo, lamemo_training
 from tests.bench.rows import rows as _rows
 

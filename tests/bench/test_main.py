@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench import __main__ as bench
 from bench.contenders.providers import REGISTRY
 from bench.contenders.shapes import Shape
 from bench.measure.journal import read
+from bench.runs import command as bench
 from bench.runs import kernels, memory, scaling
 
 CHEAP = ("ours", "materialised", "sdpa-flash", "LSTM")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_full_disk_ends_the_run_with_one_line(text: Path, tmp_path: Path, capsys
     out = tmp_path / "out"
     assert _run(text, out, "--steps", "2") == 0
     before = (out / "checkpoint.pt").read_bytes()
-    (out / f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (out / f"checkpoint.pt.{os.getpid()}.{threading.get_ident()}.tmp").symlink_to("/dev/full")
     capsys.readouterr()
     assert _run(text, out, "--steps", "4", "--resume") == 1
     assert _complaint(capsys) == (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import RUNS
+from bench.runs.command import RUNS
 from lmn_kernels.backend import env
 from tests.support.pages import Page, broken_links, missing_paths, run, unknown_commands
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.house import LAZILY, LONGEST, ROOMS, SOURCES, breaches, read
+from tests.support.house import LAZILY, LONGEST, ROOMS, SOURCES, breaches, floors, plan, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +24,15 @@ def test_the_table_of_rooms_is_that_of_the_tree():
     assert [room for room in ROOMS if room not in names] == ["lmn_kernels._C"]
     assert set().union(*ROOMS.values(), LAZILY, *LAZILY.values()) <= set(ROOMS)
     TopologicalSorter({room: below | LAZILY.get(room, set()) for room, below in ROOMS.items()}).prepare()
+
+
+def test_a_stranger_finds_few_rooms_and_few_arrows():
+    """Of the whole source, and of the package alone."""
+    whole, package = plan(ROOT), plan(ROOT, ("lmn_kernels",))
+    package = {name: below for name, below in package.items() if not name.startswith(("bench", "setup"))}
+    assert len(whole) <= 14 and floors(whole) <= 6 and sum(map(len, whole.values())) <= 45
+    assert len(package) <= 10 and floors(package) <= 6 and sum(map(len, package.values())) <= 20
+    assert {"python_ref", "bench.runs"} <= set(whole) and "python_ref" in whole["lmn_kernels"]
 
 
 def test_syntax_of_the_oldest_python():

@@ -43,14 +43,14 @@ ROOMS: dict[str, set[str]] = {
     },
     "bench.close": set(),
     "bench.errors": set(),
-    "bench.files": {"bench.errors"},
+    "bench.files": {"bench.errors", "lmn_kernels.states"},
     "bench.measure": _GROUND,
     "bench.contenders": _PRODUCT | _GROUND | {"bench.measure"},
     "bench.report": _GROUND | {"bench.measure"},
     "bench.lm": _PRODUCT | _GROUND | {"bench.measure"},
     "bench.runs": _PRODUCT | _GROUND | {"bench.measure", "bench.contenders", "bench.report", "bench.lm"},
     "bench": _PRODUCT | _GROUND | {"bench.measure", "bench.contenders", "bench.report", "bench.lm", "bench.runs"},
-    "bench.gpu": _PRODUCT | _GROUND | {"bench.measure", "bench.report", "bench"},
+    "bench.gpu": _PRODUCT | _GROUND | {"bench.measure", "bench.report", "bench.runs"},
     "setup": set(),
 }  # fmt: skip
 ROOMS["tests"] = set(ROOMS) - {"setup"}
@@ -252,3 +252,28 @@ def _environment(module: Module) -> Iterator[Breach]:
         imported = isinstance(node, ast.ImportFrom) and node.module == "os" and not node.level
         if attribute or (imported and any(alias.name in _ENVIRONMENT for alias in node.names)):
             yield module.breach(node.lineno, "environment", f"{READS_ENVIRONMENT} alone reads the environment")
+
+
+def plan(root: Path, inside: tuple[str, ...] = ("bench",)) -> dict[str, set[str]]:
+    """The source tree as rooms and what each imports: packages, and what lies at the top of those ``inside``."""
+    modules = read(root)
+
+    def place(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[:2]) if parts[0] in inside and len(parts) > 1 else parts[0]
+
+    found: dict[str, set[str]] = {}
+    for module in modules.values():
+        if (here := place(module.name)) in ("tests", *inside):
+            continue
+        targets = (a.target for a in arrows(module, modules) if a.target and a.target.split(".")[0] in TOPS)
+        found.setdefault(here, set()).update(there for target in targets if (there := place(target)) != here)
+    return found
+
+
+def floors(rooms: dict[str, set[str]]) -> int:
+    """How many rooms stand above each other at the most."""
+    height: dict[str, int] = {}
+    for name in TopologicalSorter(rooms).static_order():
+        height[name] = 1 + max((height[below] for below in rooms.get(name, ())), default=0)
+    return max(height.values())
