@@ -311,6 +311,9 @@ def _layer_in_reference(problem: LookAheadProblem, positions: Tensor | None) -> 
     return our_layer(problem)
 
 
+PROBLEM = LookAheadProblem
+
+
 def registry() -> dict[str, dict[str, Provider]]:
     """Providers by operation."""
     missing = ours_missing("look_ahead_attend", lambda problem: problem.shape.head_size)

@@ -8,7 +8,10 @@ why. LaMemo's are in `bench.contenders.look_ahead`.
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,9 +24,6 @@ from lmn_kernels import attend, build_tree
 
 from . import flex, materialized, node_level
 from .compiled import compile_whole
-from .look_ahead import OPERATIONS as LOOK_AHEAD
-from .look_ahead import LookAheadProblem
-from .look_ahead import registry as look_ahead_registry
 from .peers import at, attention_peers, layer_peers, rows_of
 from .problems import OPERATIONS, Problem
 from .provider import compile_mode, no_compiler, ours_missing, own
@@ -249,11 +249,21 @@ def _registry() -> dict[str, dict[str, Provider]]:
     return {operation: {p.name: p for p in providers} for operation, providers in every.items()}
 
 
-REGISTRY = {**_registry(), **look_ahead_registry()}
-# The kind of problem that an operation is.
-PROBLEMS: dict[str, type[BaseProblem]] = {
-    **dict.fromkeys(OPERATIONS, Problem), **dict.fromkeys(LOOK_AHEAD, LookAheadProblem)
-}  # fmt: skip
+# Who can do an operation, by its name, and the kind of problem that it is.
+REGISTRY, PROBLEMS = _registry(), dict[str, type[BaseProblem]](dict.fromkeys(OPERATIONS, Problem))
+
+
+def _add_others() -> None:
+    """Of every module beside this one that knows operations of its own: `registry`, and ``PROBLEM``, their kind."""
+    for one in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"bench.contenders.{one.name}")
+        if hasattr(module, "registry"):
+            found = module.registry()
+            REGISTRY.update(found)
+            PROBLEMS.update(dict.fromkeys(found, module.PROBLEM))
+
+
+_add_others()
 
 
 def compare(
