@@ -21,7 +21,7 @@ from python_ref.step import StepWeights
 from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
-from .parts import check_input
+from .parts import check_input, weight_of
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -57,6 +57,7 @@ class LogarithmicMixing(nn.Module):
     expander: Expander | None
     summarizer: Callable[[Tensor, Tensor], Tensor]
     _stream: MemoryState | None
+    _expand: int
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class LogarithmicMixing(nn.Module):
         self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
-        self.expander = None
+        self.expander, self._expand = None, expand or 0
         if expand is not None:
             check_positive("expand", expand, 0)
             self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
@@ -99,7 +100,7 @@ class LogarithmicMixing(nn.Module):
     @property
     def expand(self) -> int:
         """k of the expander; 0 without one."""
-        return self.expander.expand if self.expander is not None else 0
+        return 0 if self.expander is None else self._expand
 
     def extra_repr(self) -> str:
         return (
@@ -175,7 +176,8 @@ class LogarithmicMixing(nn.Module):
             dtype: of the nodes; float32 at least where None.
             device: that of the parameters where None.
         """
-        weight = self.sva.q.weight
+        weight = weight_of(self)
+        own = torch.get_default_dtype() if weight is None else weight.dtype
         check_positive("max_position", max_position, 0)
         return MemoryState.empty(
             batch_size,
@@ -183,8 +185,8 @@ class LogarithmicMixing(nn.Module):
             self.bank,
             expand=self.expand,
             levels=level_count(max_position),
-            dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
-            device=weight.device if device is None else device,
+            dtype=torch.promote_types(own, torch.float32) if dtype is None else dtype,
+            device=weight.device if device is None and weight is not None else device,
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

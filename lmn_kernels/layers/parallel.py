@@ -15,8 +15,7 @@ from ..backend.transforms import tree_under_autocast
 from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
-from .parts import MixingParts, fit, merge_stacks_of
-from .summarizers import LinearMapSummarizer
+from .parts import MixingParts, fit, linear_map_of, merge_stacks_of, weight_of
 
 
 def run(
@@ -63,15 +62,15 @@ def tree_of(
     layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None = None
 ) -> tuple[Tensor, Tensor]:
     """The tokens of ``x [B, L, E]`` as ``[M, E]``, in autocast's dtype if there is one, and every node above them."""
-    summarizer, expander = layer.summarizer, layer.expander
-    linear = summarizer if isinstance(summarizer, LinearMapSummarizer) else None
+    linear, expander = linear_map_of(layer), layer.expander
     flat, merge = x.reshape(-1, layer.embedding), None
     # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
     folds = expander is None or flat.shape[0] > layer.embedding
     if (linear is None or not folds) and (asked := wanted(layer.backend, "build_tree")) not in ("auto", "reference"):
         if linear is None:
             raise BackendError(
-                f"backend={asked!r} cannot serve build_tree: a callable summarizer runs on the reference alone"
+                f"backend={asked!r} cannot serve build_tree: a callable summarizer (and one with hooks, a wrapper or "
+                "weights of its own kind) runs on the reference alone"
             )
         folds = True  # kernels take no other form
     if linear is not None and folds:
@@ -96,7 +95,8 @@ def _state_after(
 ) -> MemoryState:
     if state is None:
         levels = level_count(sequences.max_position)
-        dtype = torch.promote_types(layer.sva.q.weight.dtype, torch.float32)
+        weight = weight_of(layer)
+        dtype = torch.promote_types((flat if weight is None else weight).dtype, torch.float32)
     else:
         levels, dtype = state.levels, state.nodes.dtype
     layout = Layout(sequences, layer.expand, flat.device)

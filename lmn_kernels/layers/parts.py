@@ -13,8 +13,9 @@ from python_ref.checks import check_device, check_float, check_shape
 
 from ..backend.transforms import autocasts
 from ..states.memory import MemoryState
+from .parameters import is_plain_linear, parameter
 from .projections import SingleVectorAttention
-from .summarizers import Expander
+from .summarizers import Expander, LinearMapSummarizer
 
 
 class MixingParts(Protocol):
@@ -47,11 +48,21 @@ class MixingParts(Protocol):
         ...
 
 
+def weight_of(layer: MixingParts) -> Tensor | None:
+    """A parameter that has the layer's dtype and device; None where its parts fetch theirs when they are called."""
+    q = layer._modules["sva"]._modules.get("q")
+    if q is not None and is_plain_linear(q):
+        return parameter(q, "weight")
+    return next((p for p in layer.parameters() if p.is_floating_point() and not p.is_meta), None)
+
+
 def check_input(layer: MixingParts, x: Tensor) -> None:
     """Whether x is ``[B, L, E]`` on the layer's device and in its dtype (or a region of autocast casts it)."""
     check_float("x", x)
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
-    weight = layer.sva.q.weight
+    weight = weight_of(layer)
+    if weight is None:
+        return
     check_device("x", x, weight.device)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
@@ -71,3 +82,14 @@ def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
     if expander is None:
         return summarizer
     return lambda left, right: summarizer(expander(left), expander(right))
+
+
+def linear_map_of(layer: MixingParts) -> LinearMapSummarizer | None:
+    """The summarizer, where its map and the expander's are all there is to a merge; else both must be called."""
+    modules = layer._modules
+    summarizer, expander = modules.get("summarizer"), modules.get("expander")
+    if not isinstance(summarizer, LinearMapSummarizer) or summarizer.must_be_called():
+        return None
+    if expander is not None and (not isinstance(expander, Expander) or expander.must_be_called()):
+        return None
+    return summarizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 
-from .parameters import is_plain_linear, weight_and_bias
+from .parameters import is_plain_linear, takes_any_product, weight_and_bias
 
 
 class SingleVectorAttention(nn.Module):
@@ -39,25 +40,28 @@ class SingleVectorAttention(nn.Module):
             self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
 
     def token_qkv(self, x: Tensor) -> Tensor:
-        """q, k and v of tokens by one product: ``[..., E]`` → ``[..., 3E]``."""
-        return self._project(x, self.q, self.k, self.v)
+        """q, k and v of tokens, by one product where they are plain: ``[..., E]`` → ``[..., 3E]``."""
+        return self._project(x, "q", "k", "v")
 
     def node_qv(self, nodes: Tensor) -> Tensor:
-        """q and v of nodes by one product: ``[..., E]`` → ``[..., 2E]``."""
-        return self._project(nodes, self.q, self.v)
+        """q and v of nodes, by one product where they are plain: ``[..., E]`` → ``[..., 2E]``."""
+        return self._project(nodes, "q", "v")
 
-    def has_plain_output(self) -> bool:
-        """Whether weight and bias are all there is to the output projection, the only part that is called."""
-        return is_plain_linear(self._modules["out_proj"])
+    def called(self) -> list[str]:
+        """The projections that must be called, since a weight and a bias are not all there is to them."""
+        return [name for name in ("q", "k", "v", "out_proj") if not is_plain_linear(self._modules[name])]
 
     def step_tensors(self) -> tuple[Linear, Linear, Linear, Linear]:
         """Weight and bias of q, k, v and out_proj."""
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
-    @staticmethod
-    def _project(x: Tensor, *layers: nn.Linear) -> Tensor:
-        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+    def _project(self, x: Tensor, *names: str) -> Tensor:
+        layers: list[Any] = [self._modules[name] for name in names]
+        if not all(map(takes_any_product, layers)):
+            return torch.cat([layer(x) for layer in layers], -1)
+        weights, biases = zip(*map(weight_and_bias, layers), strict=True)
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention over a materialised memory tensor, for inspection and for code written for the original.

@@ -16,11 +16,10 @@ from python_ref.step import Slots, StepWeights, Weights
 from ..backend import choice, env
 from ..backend.transforms import autocasts, transformed, under_autocast
 from ..ops.library import OPS
-from ..ops.step import decode_, keeps
+from ..ops.step import check_rows, decode_, keeps
 from ..states.memory import MemoryState
-from .parts import MixingParts, check_input, fit, merge_stacks_of
+from .parts import MixingParts, check_input, fit, linear_map_of, merge_stacks_of
 from .step_plan import StepPlan
-from .summarizers import LinearMapSummarizer
 
 
 def step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
@@ -54,6 +53,8 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
         if autocasts(x.device.type):
             raise RuntimeError("step_: expected no torch.autocast region; cast the layer and x instead")
         backend = served_by(layer, x, state)
+        if linear_map_of(layer) is None or layer.sva.called():
+            return _pool_by_modules(layer, x, state, slots)
         weights, whole = weights_of(layer)
         if whole and backend != "reference":
             make_plan(layer, weights)
@@ -75,11 +76,17 @@ def step_weights(layer: MixingParts) -> StepWeights:
 def weights_of(layer: MixingParts) -> tuple[StepWeights, bool]:
     """The layer's weights, and whether they say all of it: what surrounds the mixing may be more than tensors."""
     modules = layer._modules
-    summarizer, expander, sva = modules.get("summarizer"), modules.get("expander"), modules["sva"]
-    if not isinstance(summarizer, LinearMapSummarizer):
-        raise TypeError("summarizer: expected a linear one, got a callable, which runs on the reference alone")
-    if not sva.has_plain_output():
-        raise TypeError("sva.out_proj: expected a Linear with a bias and without hooks; others run in `step` alone")
+    summarizer, expander, sva = linear_map_of(layer), modules.get("expander"), modules["sva"]
+    if summarizer is None:
+        raise TypeError(
+            "summarizer: expected a linear one, and an expander, without hooks, wrappers or weights of another kind, "
+            "got what must be called, which the reference does alone"
+        )
+    if called := sva.called():
+        raise TypeError(
+            f"sva.{called[0]}: expected a Linear with a bias and without hooks, wrappers or weights of another kind; "
+            "others have no weights to give away, and are called by the layer itself"
+        )
     kind, merge, scale = summarizer.step_form()
     q, k, v, out = sva.step_tensors()
     named = Weights(q, k, v, out, merge, scale, None if expander is None else expander.step_tensors())
@@ -115,12 +122,12 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object) -> str:
         reasons.append("torch.func or forward-mode differentiation is active")
     if autocasts(device.type):
         reasons.append("torch.autocast is active")
-    if not isinstance(layer._modules.get("summarizer"), LinearMapSummarizer):
-        reasons.append("the summarizer is a callable")
+    if linear_map_of(layer) is None:
+        reasons.append("the summarizer is a callable, or it or the expander has hooks or weights of another kind")
     if any(type(p) not in (Tensor, nn.Parameter) for p in parameters):
         reasons.append("a parameter is of a tensor subclass")
-    if not layer.sva.has_plain_output():
-        reasons.append("the output projection is not a plain Linear")
+    if called := layer.sva.called():
+        reasons.append(f"{', '.join(f'sva.{name}' for name in called)} must be called: no plain Linear")
     if isinstance(state, MemoryState) and not keeps(device.type, x_t.dtype, state.token.dtype):
         reasons.append(f"the state is kept in {state.token.dtype}")
     if not reasons:
@@ -152,6 +159,25 @@ def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[
     state = advance(layer, x, state)
     mixed = reference.attend_state(layer.sva.token_qkv(x), state.slots(), layer.heads, state.levels, layer.expand)
     return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
+
+
+def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
+    """`step_` with the layer's own modules, where they are more than their weights."""
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+    state.check_for(state.batch_size, layer.embedding, layer.bank, layer.expand, x.device)
+    check_rows(x, state, slots)
+    active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
+    slot = active if slots is None else slots.index_select(0, active).long()
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for t in range(x.shape[1]):
+        old = state.advanced(Slots(*(part.index_select(0, slot) for part in state.slots())), 0)
+        y_t, new = _by_reference(layer, x[:, t : t + 1].index_select(0, active), old)
+        y[:, t : t + 1].index_copy_(0, active, y_t.to(y.dtype))
+        for part, value in zip(state.slots(), new.slots(), strict=True):
+            part.index_copy_(0, slot, value)
+    state.note_tokens(x.shape[1])
+    return y
 
 
 def _by_operation(

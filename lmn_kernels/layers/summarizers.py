@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
-from .parameters import parameter, weight_and_bias
+from .parameters import has_plain_tensors, is_plain, parameter, weight_and_bias
 
 INITS = ("original", "variance_preserving")
 
 
 class LinearMapSummarizer(nn.Module):
     """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
+
+    def must_be_called(self) -> bool:
+        """Whether `merge` is not all there is to it: a user's forward, hooks, parameters that are no plain tensors."""
+        return not (is_plain(self, LinearMapSummarizer) and has_plain_tensors(self))
 
     def step_form(self) -> tuple[str, Linear, Tensor | None]:
         """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight and bias, and a scale.
@@ -101,6 +105,18 @@ class ConvSummarizer(LinearMapSummarizer):
                 nn.init.normal_(self.conv.weight, std=(2 * size // groups) ** -0.5)
                 nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
+    def must_be_called(self) -> bool:
+        plain = is_plain(self, ConvSummarizer) and is_plain(self._modules["conv"], nn.Conv1d)
+        return not (plain and has_plain_tensors(self))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        conv: Any = self._modules["conv"]
+        if is_plain(conv, nn.Conv1d):
+            return super().forward(left, right)
+        pair = torch.stack([left.flatten(-2), right.flatten(-2)], -1)
+        node: Tensor = conv(pair.reshape(-1, *pair.shape[-2:])).reshape(left.shape)
+        return node
+
     def merge(self) -> LinearMerge:
         groups = self.conv.groups
         # [G·C_out, C_in, 2] → [G, 2·C_in, C_out]: the left node's features first.
@@ -181,8 +197,18 @@ class Expander(nn.Module):
                 nn.init.normal_(self.conv_transpose.weight, std=((1 + expand) * embedding) ** -0.5)
                 nn.init.zeros_(self.conv_transpose.bias)  # type: ignore[arg-type]
 
+    def must_be_called(self) -> bool:
+        """Whether `fold` is not all there is to it."""
+        plain = is_plain(self, Expander) and is_plain(self._modules["conv_transpose"], nn.ConvTranspose1d)
+        return not (plain and has_plain_tensors(self))
+
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
+        conv: Any = self._modules["conv_transpose"]
+        if not is_plain(conv, nn.ConvTranspose1d):
+            places, _, bank, size = stack.shape
+            wider: Tensor = conv(stack.permute(0, 2, 3, 1).flatten(0, 1))
+            return wider.view(places, bank, size, -1).permute(0, 3, 1, 2)
         return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
 
     def step_tensors(self) -> Linear:

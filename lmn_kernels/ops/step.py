@@ -81,7 +81,7 @@ def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: 
         run = _REFERENCE[name]
     else:
         if x.is_cuda and env.debug():
-            _check_rows(x, state, slots)
+            check_rows(x, state, slots)
         run = getattr(OPS, name).default  # checks for itself, as nothing here would be cheap beside it
     y = run(x, slots, *state.slots(), *weights)
     state.note_tokens(x.shape[1])
@@ -102,10 +102,10 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
         raise ValueError(f"heads: expected a divisor of embedding={size}, got {weights.heads}")
     _check_mixing(named, weights, size, bank)
     _check_block(weights, size)
-    _check_rows(x, state, slots)
+    check_rows(x, state, slots)
 
 
-def _check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
+def check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
     """Distinct slots with room for their tokens; read off the device where that is a CPU, or for `env.debug`."""
     rows, pool = x.shape[0], state.batch_size
     position = state.position

@@ -79,6 +79,17 @@ def in_place(owner: nn.Module, name: str) -> None:
     getattr(owner, name).normal_()
 
 
+class Wrapped(nn.Module):
+    """A summarizer around another, as adapters are."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.inner(left, right) + right
+
+
 class Triple(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return 3 * weight
@@ -113,6 +124,11 @@ CHANGES = {
     "a hook on a norm": hooked("norm1"),
     "a hook on the output projection": hooked("sva.out_proj"),
     "a hook before the output projection": hooked("sva.out_proj", before=True),
+    "a hook on the projection of q": hooked("sva.q"),
+    "a hook before the projection of v": hooked("sva.v", before=True),
+    "another projection of q": replaced("sva.q", lambda: nn.Sequential(nn.Linear(12, 12), nn.Tanh())),
+    "a hook on the summarizer": hooked("summarizer"),
+    "a wrapped summarizer": lambda layer: setattr(layer, "summarizer", Wrapped(layer.summarizer)),
     "a hook on the feed-forward": hooked("feedforward"),
     "a hook before a layer": hooked("feedforward.fc2", before=True),
     "a hook before the activation": hooked("feedforward.activation", before=True),
@@ -141,11 +157,10 @@ def test_a_step_follows_every_change_of_the_layer(change, when, backend):
     assert change == "the reference" or (expected - old).abs().max() > 1e-3, "nothing has changed"
     assert_close("step", one_by_one(layer, x, layer.init_state(2))[0], expected, tolerance(x.dtype))
     pool = layer.init_state(2, max_position=7)
-    if "output projection" in change:  # no part of `StepWeights` can stand for it
-        with pytest.raises(TypeError, match="out_proj: expected"):
-            layer.step_(x, pool)
-    else:
-        assert_close("step_", layer.step_(x, pool), expected, tolerance(x.dtype))
+    assert_close("step_", layer.step_(x, pool), expected, tolerance(x.dtype))
+    if "projection" in change:  # no part of `StepWeights` can stand for it
+        with pytest.raises(TypeError, match=r"sva\.(q|v|out_proj): expected"):
+            layer.step_weights()
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "with a hook"])
@@ -193,8 +208,9 @@ def test_a_layer_gets_another_summarizer():
     del layer.summarizer
     layer.summarizer = difference
     assert_close("step", one_by_one(layer, x, layer.init_state(2))[0], layer(x), tolerance(F32))
+    assert_close("step_", layer.step_(x, layer.init_state(2, max_position=7)), layer(x), tolerance(F32))
     with pytest.raises(TypeError, match="summarizer: expected a linear one"):
-        layer.step_(x, layer.init_state(2, max_position=7))
+        layer.step_weights()
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, saved_and_loaded], ids=lambda twin: twin.__name__)
