@@ -21,7 +21,8 @@ from python_ref.step import StepWeights
 from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
-from .parts import check_input, weight_of
+from .parameters import survey
+from .parts import check_input
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -145,18 +146,20 @@ class LogarithmicMixing(nn.Module):
             TypeError, ValueError: an argument does not fit; the message names it.
             RuntimeError: the state is exhausted.
         """
-        check_input(self, x)
+        road = survey(self)
+        check_input(self, x, road.weight)
         sequences = Sequences.of(x, lengths, cu_seqlens, max_length, attention_mask)
         if not self.parallelize and state is None and not return_state:
-            y, self._stream = parallel.run(self, x, sequences, self._stream, True)
+            y, self._stream = parallel.run(self, x, sequences, road, self._stream, True)
             return y
-        y, new_state = parallel.run(self, x, sequences, state, return_state)
+        y, new_state = parallel.run(self, x, sequences, road, state, return_state)
         return y if new_state is None else (y, new_state)
 
     def prefill(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """The layer over a prompt ``x [B, L, E]``, right-padded to ``lengths [B]``: ``(y, state)`` to `step` from."""
-        check_input(self, x)
-        y, state = parallel.run(self, x, Sequences.of(x, lengths), None, True)
+        road = survey(self)
+        check_input(self, x, road.weight)
+        y, state = parallel.run(self, x, Sequences.of(x, lengths), road, None, True)
         assert state is not None
         return y, state
 
@@ -176,7 +179,7 @@ class LogarithmicMixing(nn.Module):
             dtype: of the nodes; float32 at least where None.
             device: that of the parameters where None.
         """
-        weight = weight_of(self)
+        weight = survey(self).weight
         own = torch.get_default_dtype() if weight is None else weight.dtype
         check_positive("max_position", max_position, 0)
         return MemoryState.empty(

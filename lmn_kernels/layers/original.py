@@ -11,6 +11,7 @@ from python_ref.sequences import Sequences
 
 from ..states.memory import MemoryState
 from .parallel import tree_of
+from .parameters import survey
 from .parts import MixingParts, check_input, fit
 from .sequential import advance
 
@@ -29,10 +30,11 @@ def stacks(layer: MixingParts, stream: MemoryState) -> list[Tensor]:
 
 def memory_of(layer: MixingParts, x: Tensor) -> Tensor:
     """The memory tensor of every position of ``x [B, L, E]``: ``[B, L, S, E]``, zeros where nothing is yet."""
-    check_input(layer, x)
+    road = survey(layer)
+    check_input(layer, x, road.weight)
     batch, length = x.shape[:2]
     sequences = Sequences.equal(batch, length)
-    _, nodes = tree_of(layer, x, sequences)
+    _, nodes = tree_of(layer, x, sequences, road)
     layout = Layout(sequences, layer.expand, x.device)
     sequence = torch.arange(batch, device=x.device)[:, None].expand(-1, length)
     position = torch.arange(1, length + 1, device=x.device).expand(batch, -1)
@@ -44,10 +46,11 @@ def memory_of(layer: MixingParts, x: Tensor) -> Tensor:
 
 def take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> tuple[Tensor, MemoryState]:
     """One token ``x_t [B, 1, E]`` into a stream, or a new one: its slots ``[B, 1, S, E]`` and the stream behind it."""
-    check_input(layer, x_t)
+    road = survey(layer)
+    check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     stream = layer.init_state(x_t.shape[0]) if stream is None else stream
-    stream = advance(layer, x_t[:, 0], fit(layer, stream, x_t.shape[0], 1, x_t.device))
+    stream = advance(layer, x_t[:, 0], fit(layer, stream, x_t.shape[0], 1, x_t.device), road)
     rows = state_rows(level_count(stream.max_position), layer.expand)
     slots = stream.nodes[:, :rows].flatten(1, 2).to(x_t.dtype)
     return torch.cat([x_t, slots], 1)[:, None], stream

@@ -15,11 +15,13 @@ from ..backend.transforms import tree_under_autocast
 from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
-from .parts import MixingParts, fit, linear_map_of, merge_stacks_of, weight_of
+from .parameters import Road
+from .parts import MixingParts, fit, merge_stacks_of, node_qv_of
+from .summarizers import LinearMapSummarizer
 
 
 def run(
-    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+    layer: MixingParts, x: Tensor, sequences: Sequences, road: Road, state: MemoryState | None, want_state: bool
 ) -> tuple[Tensor, MemoryState | None]:
     """The layer over ``x [B, L, E]``, with what surrounds the mixing, and the state behind its last tokens."""
     if state is not None:
@@ -31,38 +33,60 @@ def run(
         padding = ~is_token.view(*x.shape[:2], 1)
         x = x.masked_fill(padding, 0)
     around = layer.around()
-    mixed, new_state = _mix(layer, around.before(x), sequences, state, want_state)
+    mixed, new_state = _mix(layer, around.before(x), sequences, road, state, want_state)
     y = around.after(x, mixed)
     return (y if padding is None else y.masked_fill(padding, 0)), new_state
 
 
 def _mix(
-    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None, want_state: bool
+    layer: MixingParts, x: Tensor, sequences: Sequences, road: Road, state: MemoryState | None, want_state: bool
 ) -> tuple[Tensor, MemoryState | None]:
     if state is not None:
         sequences = sequences.after(state.position, state.max_position, state.levels)
-    flat, nodes = tree_of(layer, x, sequences, state)
-    if layer.lean and torch.is_grad_enabled():
-        read = checkpoint(_read, layer, flat, nodes, sequences, use_reentrant=False, preserve_rng_state=False)
+    flat, nodes = tree_of(layer, x, sequences, road, state)
+    if not road.attends:
+        y = _by_called_attention(layer, flat, nodes, sequences).view(x.shape)
+        node_qv = node_qv_of(layer, nodes, road)
     else:
-        read = _read(layer, flat, nodes, sequences)
-    out, node_qv = read
-    y = layer.sva.out_proj(out).view(x.shape)
-    return y, _state_after(layer, flat, nodes, node_qv, sequences, state) if want_state else None
+        given = layer, flat, nodes, sequences, road
+        if layer.lean and torch.is_grad_enabled():
+            out, node_qv = checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, node_qv = _read(*given)
+        y = layer.sva.out_proj(out).view(x.shape)
+    return y, _state_after(layer, flat, nodes, node_qv, sequences, road, state) if want_state else None
 
 
-def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+def _by_called_attention(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences) -> Tensor:
+    """The attention called over the memory tensor, of size M·log L·E: its hooks, or what replaced it, see all of it."""
+    layout = Layout(sequences, layer.expand, flat.device)
+    start, length, offset, _, _ = layout.tables()
+    index = torch.arange(sequences.tokens, device=flat.device)
+    # Spans ascend, and an empty one stands before the one that begins where it does.
+    sequence = (torch.searchsorted(start.contiguous(), index, right=True) - 1).clamp(min=0)
+    place = index - start[sequence]
+    position = torch.where(place < length[sequence], offset[sequence] + place + 1, 0)
+    row, exists = layout.slots(sequence, position, layout.levels)
+    slots = nodes.index_select(1, row.flatten()).unflatten(1, row.shape).permute(1, 2, 0, 3).flatten(1, 2)
+    valid = exists.repeat_interleave(layer.bank, 1)
+    memory = torch.cat([flat[:, None], torch.where(valid[..., None], slots, 0)], 1)
+    y: Tensor = layer.sva(memory[None], torch.nn.functional.pad(valid, (1, 0), value=True)[None])
+    return y
+
+
+def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> tuple[Tensor, Tensor]:
     """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
-    node_qv, token_qkv = layer.sva.node_qv(nodes), layer.sva.token_qkv(flat)
-    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=layer.expand, backend=layer.backend)
+    expand = 0 if layer.expander is None else layer._expand
+    node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
+    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=expand, backend=layer.backend)
     return out, node_qv
 
 
 def tree_of(
-    layer: MixingParts, x: Tensor, sequences: Sequences, state: MemoryState | None = None
+    layer: MixingParts, x: Tensor, sequences: Sequences, road: Road, state: MemoryState | None = None
 ) -> tuple[Tensor, Tensor]:
     """The tokens of ``x [B, L, E]`` as ``[M, E]``, in autocast's dtype if there is one, and every node above them."""
-    linear, expander = linear_map_of(layer), layer.expander
+    linear, expander = (layer.summarizer if road.merges else None), layer.expander
     flat, merge = x.reshape(-1, layer.embedding), None
     # Folding multiplies 1+k matrices of E×E into W; it pays once there are more nodes than that.
     folds = expander is None or flat.shape[0] > layer.embedding
@@ -73,7 +97,7 @@ def tree_of(
                 "weights of its own kind) runs on the reference alone"
             )
         folds = True  # kernels take no other form
-    if linear is not None and folds:
+    if isinstance(linear, LinearMapSummarizer) and folds:
         merge = linear.merge() if expander is None else expander.fold(linear.merge())
     flat, merge = tree_under_autocast(flat, merge)
     token = carried = None
@@ -91,12 +115,12 @@ def _state_after(
     nodes: Tensor,
     node_qv: Tensor,
     sequences: Sequences,
+    road: Road,
     state: MemoryState | None,
 ) -> MemoryState:
     if state is None:
         levels = level_count(sequences.max_position)
-        weight = weight_of(layer)
-        dtype = torch.promote_types((flat if weight is None else weight).dtype, torch.float32)
+        dtype = torch.promote_types((flat if road.weight is None else road.weight).dtype, torch.float32)
     else:
         levels, dtype = state.levels, state.nodes.dtype
     layout = Layout(sequences, layer.expand, flat.device)

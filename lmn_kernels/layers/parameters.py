@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _all
@@ -38,16 +38,6 @@ def is_plain_linear(module: Any) -> bool:
     return is_plain(module, nn.Linear) and module._parameters.get("bias", module) is not None
 
 
-def takes_any_product(module: Any) -> bool:
-    """Whether a plain linear module's weight and bias are plain tensors, which can be joined with others."""
-    return is_plain_linear(module) and all(type(parameter(module, name)) in _TENSORS for name in ("weight", "bias"))
-
-
-def has_plain_tensors(module: nn.Module) -> bool:
-    """Whether all parameters below are plain tensors, which any operation takes."""
-    return all(type(parameter) in _TENSORS for parameter in module.parameters())
-
-
 def hooked_everywhere() -> bool:
     """Whether a hook waits for every module that is called."""
     forward = _all._global_forward_hooks or _all._global_forward_pre_hooks
@@ -55,3 +45,65 @@ def hooked_everywhere() -> bool:
 
 
 _TENSORS = (Tensor, nn.Parameter)
+# Forwards that use their module's parameters as a road around them does.
+_KNOWN: list[Any] = [nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward]
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+
+def known_by_weights(kind: Kind) -> Kind:
+    """Mark a class whose parameters may be used without calling it, as long as `survey` finds nothing beside them."""
+    _KNOWN.append(kind.forward)
+    return kind
+
+
+class Road(NamedTuple):
+    """Which parts of a mixing layer say all by their weights; the others are called.
+
+    Attributes:
+        merges: the summarizer and the expander.
+        attends: the attention as a whole; else it is called with a memory tensor.
+        called: ``"sva"``, or projections of it, that must be called.
+        joins: whether q, k and v are plain tensors, which one product takes.
+        weight: a parameter that has the layer's dtype and device; None where parts fetch theirs when they are called.
+    """
+
+    merges: bool
+    attends: bool
+    called: tuple[str, ...]
+    joins: bool
+    weight: Tensor | None
+
+
+def survey(layer: Any) -> Road:
+    """What a call of a mixing layer can take of its parts: asked at every call, since a part may have been replaced,
+    hooked, wrapped, sharded or quantised since the last."""
+    modules: dict[str, Any] = layer._modules
+    summarizer, expander, sva = modules.get("summarizer"), modules.get("expander"), modules["sva"]
+    merges = summarizer is not None and _only_weights(summarizer) and (expander is None or _only_weights(expander))
+    if not _is_known(sva):
+        return Road(merges, False, ("sva",), False, _first_weight(layer))
+    parts = {name: sva._modules[name] for name in ("q", "k", "v", "out_proj")}
+    called = tuple(f"sva.{name}" for name, part in parts.items() if not is_plain_linear(part))
+    joins = called in ((), ("sva.out_proj",)) and all(_has_plain_tensors(parts[name]) for name in ("q", "k", "v"))
+    weight = parts["q"]._parameters.get("weight") if joins else None
+    return Road(merges, True, called, joins, _first_weight(layer) if weight is None else weight)
+
+
+def _is_known(module: Any) -> bool:
+    forward = getattr(type(module), "forward", None)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    watched = "forward" in module.__dict__ or hooks or hooked_everywhere()
+    return forward in _KNOWN and not watched
+
+
+def _only_weights(module: Any) -> bool:
+    below = [child for name, child in module._modules.items() if name != "parametrizations"]
+    return _is_known(module) and all(map(_is_known, below)) and all(map(_has_plain_tensors, (module, *below)))
+
+
+def _has_plain_tensors(module: Any) -> bool:
+    return all(parameter is None or type(parameter) in _TENSORS for parameter in module._parameters.values())
+
+
+def _first_weight(layer: nn.Module) -> Tensor | None:
+    return next((p for p in layer.parameters() if p.is_floating_point() and not p.is_meta), None)

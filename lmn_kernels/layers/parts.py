@@ -13,9 +13,9 @@ from python_ref.checks import check_device, check_float, check_shape
 
 from ..backend.transforms import autocasts
 from ..states.memory import MemoryState
-from .parameters import is_plain_linear, parameter
+from .parameters import Road
 from .projections import SingleVectorAttention
-from .summarizers import Expander, LinearMapSummarizer
+from .summarizers import Expander
 
 
 class MixingParts(Protocol):
@@ -29,6 +29,7 @@ class MixingParts(Protocol):
     lean: bool
     summarizer: Callable[[Tensor, Tensor], Tensor]
     expander: Expander | None
+    _expand: int
     sva: SingleVectorAttention
     _modules: Any
 
@@ -48,19 +49,10 @@ class MixingParts(Protocol):
         ...
 
 
-def weight_of(layer: MixingParts) -> Tensor | None:
-    """A parameter that has the layer's dtype and device; None where its parts fetch theirs when they are called."""
-    q = layer._modules["sva"]._modules.get("q")
-    if q is not None and is_plain_linear(q):
-        return parameter(q, "weight")
-    return next((p for p in layer.parameters() if p.is_floating_point() and not p.is_meta), None)
-
-
-def check_input(layer: MixingParts, x: Tensor) -> None:
-    """Whether x is ``[B, L, E]`` on the layer's device and in its dtype (or a region of autocast casts it)."""
+def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
+    """Whether x is ``[B, L, E]`` on the device of a weight and in its dtype (or a region of autocast casts it)."""
     check_float("x", x)
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
-    weight = weight_of(layer)
     if weight is None:
         return
     check_device("x", x, weight.device)
@@ -84,12 +76,8 @@ def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda left, right: summarizer(expander(left), expander(right))
 
 
-def linear_map_of(layer: MixingParts) -> LinearMapSummarizer | None:
-    """The summarizer, where its map and the expander's are all there is to a merge; else both must be called."""
-    modules = layer._modules
-    summarizer, expander = modules.get("summarizer"), modules.get("expander")
-    if not isinstance(summarizer, LinearMapSummarizer) or summarizer.must_be_called():
-        return None
-    if expander is not None and (not isinstance(expander, Expander) or expander.must_be_called()):
-        return None
-    return summarizer
+def node_qv_of(layer: MixingParts, nodes: Tensor, road: Road) -> Tensor:
+    """q and v of nodes ``[..., E]`` → ``[..., 2E]``, for a state; NaN where the attention is called and has its own."""
+    if road.attends:
+        return layer.sva.node_qv(nodes, road.joins)
+    return nodes.new_full((*nodes.shape[:-1], 2 * nodes.shape[-1]), torch.nan)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 
-from .parameters import is_plain_linear, takes_any_product, weight_and_bias
+from .parameters import known_by_weights, weight_and_bias
 
 
+@known_by_weights
 class SingleVectorAttention(nn.Module):
     """The projections q, k, v and out_proj, under the original's names.
 
@@ -39,29 +40,24 @@ class SingleVectorAttention(nn.Module):
         for name in ("q", "k", "v", "out_proj"):
             self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
 
-    def token_qkv(self, x: Tensor) -> Tensor:
-        """q, k and v of tokens, by one product where they are plain: ``[..., E]`` → ``[..., 3E]``."""
-        return self._project(x, "q", "k", "v")
+    def token_qkv(self, x: Tensor, joins: bool = False) -> Tensor:
+        """q, k and v of tokens, by one product where their weights may be joined: ``[..., E]`` → ``[..., 3E]``."""
+        return self._project(x, joins, "q", "k", "v")
 
-    def node_qv(self, nodes: Tensor) -> Tensor:
-        """q and v of nodes, by one product where they are plain: ``[..., E]`` → ``[..., 2E]``."""
-        return self._project(nodes, "q", "v")
-
-    def called(self) -> list[str]:
-        """The projections that must be called, since a weight and a bias are not all there is to them."""
-        return [name for name in ("q", "k", "v", "out_proj") if not is_plain_linear(self._modules[name])]
+    def node_qv(self, nodes: Tensor, joins: bool = False) -> Tensor:
+        """q and v of nodes, by one product where their weights may be joined: ``[..., E]`` → ``[..., 2E]``."""
+        return self._project(nodes, joins, "q", "v")
 
     def step_tensors(self) -> tuple[Linear, Linear, Linear, Linear]:
         """Weight and bias of q, k, v and out_proj."""
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
-    def _project(self, x: Tensor, *names: str) -> Tensor:
+    def _project(self, x: Tensor, joins: bool, *names: str) -> Tensor:
         layers: list[Any] = [self._modules[name] for name in names]
-        if not all(map(takes_any_product, layers)):
+        if not joins:
             return torch.cat([layer(x) for layer in layers], -1)
-        weights, biases = zip(*map(weight_and_bias, layers), strict=True)
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention over a materialised memory tensor, for inspection and for code written for the original.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from ..backend.transforms import autocasts, transformed, under_autocast
 from ..ops.library import OPS
 from ..ops.step import check_rows, decode_, keeps
 from ..states.memory import MemoryState
-from .parts import MixingParts, check_input, fit, linear_map_of, merge_stacks_of
+from .parameters import Road, survey
+from .parts import MixingParts, check_input, fit, merge_stacks_of, node_qv_of
 from .step_plan import StepPlan
 
 
@@ -27,8 +29,9 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[Tensor, M
     plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     if plan is None or not plan.serves(layer, x_t, state):
         check_tensor("x_t", x_t)
-        if served_by(layer, x_t, state) == "reference":
-            return _by_reference(layer, x_t, _check_step(layer, x_t, state))
+        road = survey(layer)
+        if served_by(layer, x_t, state, road) == "reference":
+            return _by_reference(layer, x_t, _check_step(layer, x_t, state), road)
         weights, whole = weights_of(layer)
         plan = make_plan(layer, weights) if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
@@ -49,12 +52,13 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
         if plan is not None and not debugged and not is_compiling() and plan.serves(layer, x, state):
             return plan.step_(x, state, slots)
-        check_input(layer, x)
+        road = survey(layer)
+        check_input(layer, x, road.weight)
         if autocasts(x.device.type):
             raise RuntimeError("step_: expected no torch.autocast region; cast the layer and x instead")
-        backend = served_by(layer, x, state)
-        if linear_map_of(layer) is None or layer.sva.called():
-            return _pool_by_modules(layer, x, state, slots)
+        backend = served_by(layer, x, state, road)
+        if not road.merges or road.called:
+            return _pool_by_modules(layer, x, state, slots, road)
         weights, whole = weights_of(layer)
         if whole and backend != "reference":
             make_plan(layer, weights)
@@ -76,16 +80,17 @@ def step_weights(layer: MixingParts) -> StepWeights:
 def weights_of(layer: MixingParts) -> tuple[StepWeights, bool]:
     """The layer's weights, and whether they say all of it: what surrounds the mixing may be more than tensors."""
     modules = layer._modules
-    summarizer, expander, sva = linear_map_of(layer), modules.get("expander"), modules["sva"]
-    if summarizer is None:
+    road = survey(layer)
+    summarizer, expander, sva = modules.get("summarizer"), modules.get("expander"), modules["sva"]
+    if not road.merges:
         raise TypeError(
             "summarizer: expected a linear one, and an expander, without hooks, wrappers or weights of another kind, "
             "got what must be called, which the reference does alone"
         )
-    if called := sva.called():
+    if road.called:
         raise TypeError(
-            f"sva.{called[0]}: expected a Linear with a bias and without hooks, wrappers or weights of another kind; "
-            "others have no weights to give away, and are called by the layer itself"
+            f"{road.called[0]}: expected the layer's own, with a bias, without hooks, wrappers or weights of another "
+            "kind; others have no weights to give away, and are called by the layer itself"
         )
     kind, merge, scale = summarizer.step_form()
     q, k, v, out = sva.step_tensors()
@@ -107,7 +112,7 @@ def make_plan(layer: Any, weights: StepWeights) -> StepPlan | None:
     return plan
 
 
-def served_by(layer: MixingParts, x_t: Tensor, state: object) -> str:
+def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road) -> str:
     """The backend of a step. One that the extension is not made for runs on the reference.
 
     Raises:
@@ -122,12 +127,12 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object) -> str:
         reasons.append("torch.func or forward-mode differentiation is active")
     if autocasts(device.type):
         reasons.append("torch.autocast is active")
-    if linear_map_of(layer) is None:
+    if not road.merges:
         reasons.append("the summarizer is a callable, or it or the expander has hooks or weights of another kind")
     if any(type(p) not in (Tensor, nn.Parameter) for p in parameters):
         reasons.append("a parameter is of a tensor subclass")
-    if called := layer.sva.called():
-        reasons.append(f"{', '.join(f'sva.{name}' for name in called)} must be called: no plain Linear")
+    if road.called:
+        reasons.append(f"{', '.join(road.called)} must be called, with hooks, a wrapper or weights of another kind")
     if isinstance(state, MemoryState) and not keeps(device.type, x_t.dtype, state.token.dtype):
         reasons.append(f"the state is kept in {state.token.dtype}")
     if not reasons:
@@ -139,29 +144,37 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object) -> str:
     return "reference"
 
 
-def advance(layer: MixingParts, x: Tensor, state: MemoryState) -> MemoryState:
+def advance(layer: MixingParts, x: Tensor, state: MemoryState, road: Road) -> MemoryState:
     """The state after the tokens ``x [B, E]``, which has room for them."""
     chain = reference.chain_of(state.position + 1, state.levels)
-    new = reference.advance(x, state.slots(), merge_stacks_of(layer), layer.sva.node_qv, layer.expand, chain)
+    project = partial(node_qv_of, layer, road=road)
+    new = reference.advance(x, state.slots(), merge_stacks_of(layer), project, layer.expand, chain)
     return state.advanced(new)
 
 
 def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> MemoryState:
     """The state with room for one more token."""
-    check_input(layer, x_t)
+    check_input(layer, x_t, survey(layer).weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     return fit(layer, state, x_t.shape[0], 1, x_t.device)
 
 
-def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> tuple[Tensor, MemoryState]:
     around = layer.around()
     x = under_autocast(around.before(x_t)[:, 0])
-    state = advance(layer, x, state)
-    mixed = reference.attend_state(layer.sva.token_qkv(x), state.slots(), layer.heads, state.levels, layer.expand)
-    return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
+    state = advance(layer, x, state, road)
+    if road.attends:
+        qkv = layer.sva.token_qkv(x, road.joins)
+        mixed = reference.attend_state(qkv, state.slots(), layer.heads, state.levels, layer.expand)
+        return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
+    valid = state.valid().repeat_interleave(layer.bank, 1)
+    nodes = state.nodes.flatten(1, 2).masked_fill(~valid[..., None], 0).to(x.dtype)
+    valid = torch.nn.functional.pad(valid, (1, 0), value=True)
+    y = layer.sva(torch.cat([x[:, None], nodes], 1)[:, None], valid[:, None])
+    return around.after(x_t, y), state
 
 
-def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
+def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None, road: Road) -> Tensor:
     """`step_` with the layer's own modules, where they are more than their weights."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
@@ -172,7 +185,7 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for t in range(x.shape[1]):
         old = state.advanced(Slots(*(part.index_select(0, slot) for part in state.slots())), 0)
-        y_t, new = _by_reference(layer, x[:, t : t + 1].index_select(0, active), old)
+        y_t, new = _by_reference(layer, x[:, t : t + 1].index_select(0, active), old, road)
         y[:, t : t + 1].index_copy_(0, active, y_t.to(y.dtype))
         for part, value in zip(state.slots(), new.slots(), strict=True):
             part.index_copy_(0, slot, value)

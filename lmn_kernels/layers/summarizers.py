@@ -12,17 +12,14 @@ from torch import Tensor, nn
 from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
-from .parameters import has_plain_tensors, is_plain, parameter, weight_and_bias
+from .parameters import is_plain, known_by_weights, parameter, weight_and_bias
 
 INITS = ("original", "variance_preserving")
 
 
+@known_by_weights
 class LinearMapSummarizer(nn.Module):
     """A summarizer that is a linear map of both nodes: kernels can take it, and an expander fold with it."""
-
-    def must_be_called(self) -> bool:
-        """Whether `merge` is not all there is to it: a user's forward, hooks, parameters that are no plain tensors."""
-        return not (is_plain(self, LinearMapSummarizer) and has_plain_tensors(self))
 
     def step_form(self) -> tuple[str, Linear, Tensor | None]:
         """The map as the step takes it: how it lies (`python_ref.step.merge_of`), weight and bias, and a scale.
@@ -82,6 +79,7 @@ class Summarizer(LinearMapSummarizer):
         return "linear", weight_and_bias(self), None
 
 
+@known_by_weights
 class ConvSummarizer(LinearMapSummarizer):
     """``Conv1d(m·E, m·E, kernel 2, stride 2, groups)`` over the pair (section 6).
 
@@ -104,10 +102,6 @@ class ConvSummarizer(LinearMapSummarizer):
             with torch.no_grad():
                 nn.init.normal_(self.conv.weight, std=(2 * size // groups) ** -0.5)
                 nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-
-    def must_be_called(self) -> bool:
-        plain = is_plain(self, ConvSummarizer) and is_plain(self._modules["conv"], nn.Conv1d)
-        return not (plain and has_plain_tensors(self))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         conv: Any = self._modules["conv"]
@@ -175,6 +169,7 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         return "separable", weight_and_bias(self), parameter(self, "scale")
 
 
+@known_by_weights
 class Expander(nn.Module):
     """One ``ConvTranspose1d(E, E, 1+k)`` along the stack of a node, before it merges (section 6)."""
 
@@ -196,11 +191,6 @@ class Expander(nn.Module):
                 # Entries inside a tall stack sum 1+k taps; those at its ends fewer.
                 nn.init.normal_(self.conv_transpose.weight, std=((1 + expand) * embedding) ** -0.5)
                 nn.init.zeros_(self.conv_transpose.bias)  # type: ignore[arg-type]
-
-    def must_be_called(self) -> bool:
-        """Whether `fold` is not all there is to it."""
-        plain = is_plain(self, Expander) and is_plain(self._modules["conv_transpose"], nn.ConvTranspose1d)
-        return not (plain and has_plain_tensors(self))
 
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""

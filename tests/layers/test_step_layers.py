@@ -128,6 +128,7 @@ CHANGES = {
     "a hook before the projection of v": hooked("sva.v", before=True),
     "another projection of q": replaced("sva.q", lambda: nn.Sequential(nn.Linear(12, 12), nn.Tanh())),
     "a hook on the summarizer": hooked("summarizer"),
+    "a hook on the attention": hooked("sva"),
     "a wrapped summarizer": lambda layer: setattr(layer, "summarizer", Wrapped(layer.summarizer)),
     "a hook on the feed-forward": hooked("feedforward"),
     "a hook before a layer": hooked("feedforward.fc2", before=True),
