@@ -146,14 +146,27 @@ class LogarithmicMixing(nn.Module):
             TypeError, ValueError: an argument does not fit; the message names it.
             RuntimeError: the state is exhausted.
         """
+        streams = not self.parallelize and state is None and not return_state
+        whole = lengths is None and cu_seqlens is None and max_length is None and attention_mask is None
+        if whole and (streams or state is not None) and isinstance(x, Tensor) and x.shape[1:2] == (1,):
+            # One more token of a stream is a step.
+            before = self._before(x) if state is None else state
+            y, after = sequential.step(self, x, before)
+            if streams:
+                self._stream = after
+            return (y, after) if return_state else y
         road = survey(self)
         check_input(self, x, road.weight)
         sequences = Sequences.of(x, lengths, cu_seqlens, max_length, attention_mask)
-        if not self.parallelize and state is None and not return_state:
+        if streams:
             y, self._stream = parallel.run(self, x, sequences, road, self._stream, True)
             return y
         y, new_state = parallel.run(self, x, sequences, road, state, return_state)
         return y if new_state is None else (y, new_state)
+
+    def _before(self, x: Tensor) -> MemoryState:
+        """The layer's own memory, or an empty one for the rows of x."""
+        return self.init_state(x.shape[0]) if self._stream is None else self._stream
 
     def prefill(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """The layer over a prompt ``x [B, L, E]``, right-padded to ``lengths [B]``: ``(y, state)`` to `step` from."""
@@ -242,10 +255,22 @@ class LogarithmicMixing(nn.Module):
         """Tokens that the layer's own memory has seen; with ``lengths``, what a full row would have seen."""
         return 0 if self._stream is None else self._stream.max_position
 
+    @ptr.setter
+    def ptr(self, position: int) -> None:
+        if position != 0:
+            raise ValueError(f"ptr: expected 0, which forgets the memory as reset() does, got {position!r}")
+        self.reset()
+
     @property
     def memory(self) -> list[Tensor] | None:
         """The layer's own memory, newest node of each level: ``[B, m, 1, E]``; with an expander ``[B, h, m, 1, E]``."""
         return None if self._stream is None else original.stacks(self, self._stream)
+
+    @memory.setter
+    def memory(self, memory: None) -> None:
+        if memory is not None:
+            raise ValueError("memory: expected None, which forgets it as reset() does; streams are moved as states")
+        self.reset()
 
     def parallel(self, x: Tensor) -> Tensor:
         """The memory tensor of section 2 for ``x [B, L, E]``: ``[B, L, S, E]``, zeros where nothing is yet.
@@ -268,7 +293,7 @@ class LogarithmicMixing(nn.Module):
         """
         return original.attend_memory(self, memory, positions)
 
-    # A plan of steps holds on to the parameters, and so would stop a swap of them.
+    # A plan of steps holds on to the parameters, and so would stop a swap of them. A graph cannot be copied.
     def _apply(self, *args: Any, **options: Any) -> Any:
         self.__dict__.pop("_plan", None)
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
@@ -278,4 +303,7 @@ class LogarithmicMixing(nn.Module):
         super()._load_from_state_dict(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        if self._stream is not None:
+            kept["_stream"] = self._stream.detach()  # a copy has its numbers, not its graph
+        return kept

@@ -1,0 +1,98 @@
+"""A layer with its own memory, called as the original is: one token at a time is a step, and copies keep numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from bench.close import TOLERANCE, assert_close, assert_same_gradients
+from lmn_kernels import LogarithmicMemory, LogarithmicMixing
+
+F64 = torch.float64
+VALUE, GRADIENT = TOLERANCE[F64]
+streaming = partial(LogarithmicMemory, 12, 3, 2, False, init="variance_preserving")
+
+
+def gradients(layer: torch.nn.Module, y: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
+
+
+@pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
+@pytest.mark.parametrize("cuts", [(1,) * 9, (3, 1, 1, 4), (1, 5, 1, 2)], ids=str)
+def test_tokens_and_chunks_of_a_stream_equal_the_whole(kind, cuts):
+    layer = kind(12, 3, 2, False, init="variance_preserving", dtype=F64)
+    x = torch.randn(2, 9, 12, dtype=F64)
+    y = torch.cat([layer(part) for part in x.split(cuts, 1)], 1)
+    assert layer.ptr == 9
+    layer.parallelize = True
+    whole = layer(x)
+    assert_close("y", y, whole, VALUE)
+    names = [name for name, _ in layer.named_parameters()]
+    assert_same_gradients(names, gradients(layer, y), gradients(layer, whole), GRADIENT)
+
+
+def test_a_token_without_gradients_is_the_step_to_the_bit():
+    layer, other = streaming(), streaming()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 7, 12)
+    with torch.no_grad():
+        state = other.init_state(2)
+        for t in range(7):
+            y, state = other.step(x[:, t : t + 1], state)
+            assert torch.equal(layer(x[:, t : t + 1]), y)
+    served = "_plan" in other.__dict__
+    assert ("_plan" in layer.__dict__) == served and layer._stream.capacity == state.capacity
+
+
+def test_a_token_with_a_state_is_the_step_and_leaves_the_own_memory_alone():
+    layer = LogarithmicMemory(12, 3, 2)
+    x = torch.randn(2, 6, 12)
+    with torch.no_grad():
+        _, state = layer.prefill(x[:, :5])
+        expected, after = layer.step(x[:, 5:], state)
+        y, new = layer(x[:, 5:], state=state, return_state=True)
+        assert torch.equal(y, expected) and torch.equal(new.nodes, after.nodes)
+        assert torch.equal(layer(x[:, 5:], state=state), expected) and layer.ptr == 0
+    y = layer(x[:, 5:], state=state)
+    assert y.requires_grad and torch.allclose(y, expected, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    layer = streaming()
+    layer(torch.randn(2, 1, 12))
+    for x, kind, said in (
+        (torch.randn(3, 1, 12), ValueError, "state.position: expected shape"),
+        (torch.randn(2, 1, 11), ValueError, "x.*: expected shape"),
+        (torch.randn(2, 1, 12).double(), TypeError, "x.*: expected dtype"),
+        ([[0.0]], TypeError, "x: expected a tensor"),
+    ):
+        with pytest.raises(kind, match=said):
+            layer(x)
+    assert layer.ptr == 1
+
+
+def test_ptr_and_memory_are_set_as_the_originals_reset_does():
+    layer = streaming()
+    layer(torch.randn(2, 3, 12))
+    layer.memory = None
+    layer.ptr = 0
+    assert layer.ptr == 0 and layer.memory is None
+    with pytest.raises(ValueError, match="ptr: expected 0"):
+        layer.ptr = 3
+    with pytest.raises(ValueError, match="memory: expected None"):
+        layer.memory = [torch.zeros(2, 2, 1, 12)]
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_on_where_the_stream_stands_without_its_graph(twin):
+    layer, x = streaming(), torch.randn(2, 6, 12)
+    layer(x[:, :3]).sum().backward()
+    other = twin(layer)
+    assert other.ptr == 3 and not other._stream.nodes.requires_grad and layer._stream.nodes.requires_grad
+    with torch.no_grad():
+        assert torch.equal(other(x[:, 3:4]), layer(x[:, 3:4]))
+    torch.optim.swa_utils.AveragedModel(layer)
