@@ -82,11 +82,16 @@ def survey(layer: Any) -> Road:
     merges = summarizer is not None and _only_weights(summarizer) and (expander is None or _only_weights(expander))
     if not _is_known(sva):
         return Road(merges, False, ("sva",), False, _first_weight(layer))
-    parts = {name: sva._modules[name] for name in ("q", "k", "v", "out_proj")}
-    called = tuple(f"sva.{name}" for name, part in parts.items() if not is_plain_linear(part))
-    joins = called in ((), ("sva.out_proj",)) and all(_has_plain_tensors(parts[name]) for name in ("q", "k", "v"))
-    weight = parts["q"]._parameters.get("weight") if joins else None
+    called = tuple(f"sva.{n}" for n in ("q", "k", "v", "out_proj") if not is_plain_linear(sva._modules[n]))
+    joins = joins_projections(sva)
+    weight = sva._modules["q"]._parameters.get("weight") if joins else None
     return Road(merges, True, called, joins, _first_weight(layer) if weight is None else weight)
+
+
+def joins_projections(sva: Any) -> bool:
+    """Whether weights and biases of q, k and v are all there is to them, and tensors that one product takes."""
+    parts = [sva._modules[name] for name in ("q", "k", "v")]
+    return all(is_plain_linear(part) and _has_plain_tensors(part) for part in parts)
 
 
 def _is_known(module: Any) -> bool:

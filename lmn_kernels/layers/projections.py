@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 
-from .parameters import known_by_weights, weight_and_bias
+from .parameters import joins_projections, known_by_weights, weight_and_bias
 
 
 @known_by_weights
@@ -40,11 +40,11 @@ class SingleVectorAttention(nn.Module):
         for name in ("q", "k", "v", "out_proj"):
             self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
 
-    def token_qkv(self, x: Tensor, joins: bool = False) -> Tensor:
+    def token_qkv(self, x: Tensor, joins: bool | None = None) -> Tensor:
         """q, k and v of tokens, by one product where their weights may be joined: ``[..., E]`` → ``[..., 3E]``."""
         return self._project(x, joins, "q", "k", "v")
 
-    def node_qv(self, nodes: Tensor, joins: bool = False) -> Tensor:
+    def node_qv(self, nodes: Tensor, joins: bool | None = None) -> Tensor:
         """q and v of nodes, by one product where their weights may be joined: ``[..., E]`` → ``[..., 2E]``."""
         return self._project(nodes, joins, "q", "v")
 
@@ -53,9 +53,9 @@ class SingleVectorAttention(nn.Module):
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
-    def _project(self, x: Tensor, joins: bool, *names: str) -> Tensor:
+    def _project(self, x: Tensor, joins: bool | None, *names: str) -> Tensor:
         layers: list[Any] = [self._modules[name] for name in names]
-        if not joins:
+        if not (joins_projections(self) if joins is None else joins):
             return torch.cat([layer(x) for layer in layers], -1)
         return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
