@@ -17,6 +17,7 @@ from python_ref.checks import (
     check_rows,
     check_shape,
     check_tensor,
+    concrete,
 )
 from python_ref.layout import level_count, state_rows
 from python_ref.step import Slots, valid_rows
@@ -32,7 +33,7 @@ class MemoryState:
 
     Layers never change a state: they return a new one that shares no storage with it, and gradients flow
     through both. Only `restore` and what is named with an underscore behind it (``step_``, ``decode_``,
-    ``update_``) write in place; `detach`, and `to` where it changes nothing, share storage.
+    ``update_``) write in place, and nothing else ever shares storage with what they write to.
     A state belongs to the parameters that made it: q and v are not projected again when those change.
 
     Attributes:
@@ -122,32 +123,32 @@ class MemoryState:
         """Rows ``index [B']`` (int32 or int64, 0 … B-1) of this state, in that order; for beams and slots."""
         check_tensor("index", index)
         check_ids("index", index, tuple(index.shape[:1]), 0, self.batch_size - 1)
-        return self._map(lambda tensor: tensor.index_select(0, index))
+        return self._map(lambda tensor: tensor.index_select(0, index))._bounded()
 
     def reset(self, rows: Tensor | None = None) -> MemoryState:
         """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
         if rows is None:
             return replace(self._map(torch.zeros_like), max_position=0)
         gone = check_rows(rows, self.batch_size, self.position.device)
-        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
+        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))._bounded()
 
     def clone(self) -> MemoryState:
         """A copy that shares no storage; gradients flow through."""
         return self._map(torch.clone)
 
     def detach(self) -> MemoryState:
-        """The same memory cut off from the graph: truncated back-propagation through time."""
-        return self._map(torch.Tensor.detach)
+        """A copy cut off from the graph: truncated back-propagation through time."""
+        return self._map(lambda tensor: tensor.detach().clone())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """The state on a device, its nodes, q and v in a floating dtype; positions stay int64."""
+        """A copy on a device, its nodes, q and v in a floating dtype; positions stay int64."""
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
-        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None, copy=True))
 
     def snapshot(self) -> MemoryState:
         """A detached copy, to `restore` from."""
-        return self.detach().clone()
+        return self.detach()
 
     def note_tokens(self, tokens: int) -> None:
         """Raise ``max_position`` after an operation that took tokens in place; `capacity` bounds it in any case."""
@@ -164,8 +165,8 @@ class MemoryState:
                 all where None.
 
         Raises:
-            TypeError, ValueError: the snapshot or ``rows`` does not fit, or the snapshot is deeper than this
-                state has room for.
+            TypeError, ValueError: the snapshot or ``rows`` does not fit, or the snapshot stands at a position that
+                this state has no room for; how much room the snapshot has itself does not matter.
             RuntimeError: this state is part of a graph; detach it first.
         """
         if any(tensor.requires_grad for tensor in self.slots()):
@@ -176,6 +177,8 @@ class MemoryState:
             raise ValueError(f"snapshot: expected expand={self.expand}, got {snapshot.expand}")
         if snapshot.levels < self.levels:
             snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
+        elif snapshot.levels > self.levels:
+            snapshot = snapshot._narrowed(self.levels)
         count = self.batch_size
         if rows is not None:
             check_tensor("rows", rows)
@@ -193,7 +196,8 @@ class MemoryState:
                 else:
                     own.index_copy_(0, rows.long(), kept.to(own.dtype))
         last = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
-        object.__setattr__(self, "max_position", last)
+        object.__setattr__(self, "max_position", min(last, self.capacity))
+        object.__setattr__(self, "max_position", self._bounded().max_position)
         return self
 
     def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
@@ -224,6 +228,26 @@ class MemoryState:
     def advanced(self, slots: Slots, tokens: int = 1) -> MemoryState:
         """These tensors in place of the state's, after ``tokens`` more tokens for which there is room."""
         return MemoryState(*slots, self.expand, self.levels, self.max_position + tokens)
+
+    def _bounded(self) -> MemoryState:
+        """The state with the lowest ``max_position`` there is, where reading positions costs no synchronisation."""
+        if not concrete(self.position):
+            return self
+        return replace(self, max_position=int(self.position.max()) if self.position.numel() else 0)
+
+    def _narrowed(self, levels: int) -> MemoryState:
+        """The same memory with room for ``levels`` levels alone, which must be all that it holds."""
+        last, capacity = self._bounded().max_position, (2 << levels) - 1
+        if last > capacity:
+            # An upper bound only, where the positions lie on a device: they are read before anything is refused.
+            last = int(self.position.max()) if self.position.numel() else 0
+        if last > capacity:
+            raise ValueError(
+                f"snapshot.position: expected at most {capacity}, for which there is room, got up to {last}"
+            )
+        rows = state_rows(levels, self.expand)
+        nodes, q, v = (part[:, :rows] for part in (self.nodes, self.q, self.v))
+        return replace(self, nodes=nodes, q=q, v=v, levels=levels, max_position=last)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         return self.advanced(Slots(*map(function, self.slots())), 0)
