@@ -347,3 +347,18 @@ class Around(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return self.inner(left, right)
+
+
+def test_a_pool_of_a_called_part_checks_and_counts():
+    layer, x = mixing(), torch.randn(2, 2, 12, dtype=F64)
+    layer.sva.register_forward_hook(lambda *_: None)
+    pool = layer.init_state(3, max_position=3)
+    y = layer.step_(x, pool, torch.tensor([2, -1]))
+    assert y[1].eq(0).all() and pool.max_position == 2 and pool.position.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match="^slots: expected each slot at most once"):
+        layer.step_(x, pool, torch.tensor([1, 1]))
+    with pytest.raises(RuntimeError, match="^state: exhausted"):
+        layer.step_(x, pool, torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="^state: expected one with expand=0"):
+        layer.step_(x, mixing(expand=1).init_state(2, max_position=3))
+    assert pool.position.tolist() == [0, 0, 2]
