@@ -15,7 +15,7 @@ from ..backend.transforms import tree_under_autocast
 from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
-from .parameters import Road
+from .parameters import Road, may_draw
 from .parts import MixingParts, fit, merge_stacks_of, node_qv_of
 from .summarizers import LinearMapSummarizer
 
@@ -46,11 +46,12 @@ def _mix(
     flat, nodes = tree_of(layer, x, sequences, road, state)
     if not road.attends:
         y = _by_called_attention(layer, flat, nodes, sequences).view(x.shape)
-        node_qv = node_qv_of(layer, nodes, road)
+        node_qv = node_qv_of(layer, nodes, road) if want_state else nodes
     else:
         given = layer, flat, nodes, sequences, road
         if layer.lean and torch.is_grad_enabled():
-            out, node_qv = checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=False)
+            draws = may_draw(layer.sva)
+            out, node_qv = checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=draws)
         else:
             out, node_qv = _read(*given)
         y = layer.sva.out_proj(out).view(x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -45,14 +46,15 @@ def hooked_everywhere() -> bool:
 
 
 _TENSORS = (Tensor, nn.Parameter)
-# Forwards that use their module's parameters as a road around them does.
-_KNOWN: list[Any] = [nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward]
+# Forwards that use their module's parameters as a road around them does: of marked classes, and of what they hold.
+_MARKED: list[Any] = []
+_CHILDREN = (nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward)
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def known_by_weights(kind: Kind) -> Kind:
     """Mark a class whose parameters may be used without calling it, as long as `survey` finds nothing beside them."""
-    _KNOWN.append(kind.forward)
+    _MARKED.append(kind.forward)
     return kind
 
 
@@ -94,16 +96,35 @@ def joins_projections(sva: Any) -> bool:
     return all(is_plain_linear(part) and _has_plain_tensors(part) for part in parts)
 
 
-def _is_known(module: Any) -> bool:
-    forward = getattr(type(module), "forward", None)
+def projects_nodes(sva: Any) -> bool:
+    """Whether q and v of a node are those of an attention's own projections, called for its hooks alone or not.
+
+    Weights that a wrapper keeps elsewhere until its module is called are not at hand.
+    """
+    if not _calls_its_own(sva, _MARKED):
+        return False
+    return all(_has_plain_tensors(part) for name in ("q", "v") for part in sva._modules[name].modules())
+
+
+def may_draw(sva: Any) -> bool:
+    """Whether projecting tokens and nodes may draw random numbers: what is called may, and a parametrization."""
+    parts = [sva._modules[name] for name in ("q", "k", "v")]
+    return any(not is_plain_linear(part) or "parametrizations" in part._modules for part in parts)
+
+
+def _calls_its_own(module: Any, forwards: Sequence[Any]) -> bool:
+    return getattr(type(module), "forward", None) in forwards and "forward" not in module.__dict__
+
+
+def _is_known(module: Any, forwards: Sequence[Any] = _MARKED) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    watched = "forward" in module.__dict__ or hooks or hooked_everywhere()
-    return forward in _KNOWN and not watched
+    return _calls_its_own(module, forwards) and not hooks and not hooked_everywhere()
 
 
 def _only_weights(module: Any) -> bool:
     below = [child for name, child in module._modules.items() if name != "parametrizations"]
-    return _is_known(module) and all(map(_is_known, below)) and all(map(_has_plain_tensors, (module, *below)))
+    known = _is_known(module) and all(_is_known(child, (*_MARKED, *_CHILDREN)) for child in below)
+    return known and all(map(_has_plain_tensors, (module, *below)))
 
 
 def _has_plain_tensors(module: Any) -> bool:

@@ -13,7 +13,7 @@ from python_ref.checks import check_device, check_float, check_shape
 
 from ..backend.transforms import autocasts
 from ..states.memory import MemoryState
-from .parameters import Road
+from .parameters import Road, projects_nodes
 from .projections import SingleVectorAttention
 from .summarizers import Expander
 
@@ -77,7 +77,10 @@ def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def node_qv_of(layer: MixingParts, nodes: Tensor, road: Road) -> Tensor:
-    """q and v of nodes ``[..., E]`` → ``[..., 2E]``, for a state; NaN where the attention is called and has its own."""
-    if road.attends:
+    """q and v of nodes ``[..., E]`` → ``[..., 2E]``, for a state; NaN where the attention is called and has its own.
+
+    Of one that hooks alone make a module to call there are q and v: the hooks may be gone at the next step.
+    """
+    if road.attends or projects_nodes(layer.sva):
         return layer.sva.node_qv(nodes, road.joins)
     return nodes.new_full((*nodes.shape[:-1], 2 * nodes.shape[-1]), torch.nan)

@@ -196,9 +196,9 @@ class Expander(nn.Module):
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
         conv: Any = self._modules["conv_transpose"]
         if not is_plain(conv, nn.ConvTranspose1d):
-            places, _, bank, size = stack.shape
-            wider: Tensor = conv(stack.permute(0, 2, 3, 1).flatten(0, 1))
-            return wider.view(places, bank, size, -1).permute(0, 3, 1, 2)
+            places, _, bank, _ = stack.shape
+            wider: Tensor = conv(stack.permute(0, 2, 3, 1).flatten(0, 1)).unflatten(0, (places, bank))
+            return wider.permute(0, 3, 1, 2)
         return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
 
     def step_tensors(self) -> Linear:

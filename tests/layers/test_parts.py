@@ -100,19 +100,138 @@ def test_a_hook_fires_and_its_result_counts_in_every_form(part):
         assert_close(name, z, y, VALUE)
 
 
-def test_a_hook_of_all_modules_fires_also_after_a_plan_was_made():
+@pytest.mark.parametrize(
+    "register", [nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook]
+)
+@pytest.mark.parametrize("form", ["step", "step_"])
+def test_a_hook_of_all_modules_fires_also_after_a_plan_was_made(form, register):
     layer, x = LogarithmicMemory(12, 3, 2), torch.randn(2, 1, 12)
     with torch.no_grad():
         _, state = layer.step(x, layer.init_state(2))
         layer.step(x, state)
+        pool = layer.init_state(2, max_position=3)
         seen: set[str] = set()
-        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module).__name__))
+        handle = register(lambda module, *_: seen.add(type(module).__name__))
         try:
-            layer.step(x, state)
-            layer.step_(x, layer.init_state(2, max_position=3))
+            layer.step(x, state) if form == "step" else layer.step_(x.expand(-1, 2, -1), pool)
         finally:
             handle.remove()
     assert {"Linear", "Summarizer", "RMSNorm", "FeedForward"} <= seen
+
+
+@pytest.mark.parametrize(
+    "part", ["sva", "sva.q", "summarizer", "summarizer.conv", "expander", "expander.conv_transpose"]
+)
+def test_a_backward_hook_fires(part):
+    layer, calls = mixing(summarizer="conv", expand=1), []
+    layer.get_submodule(part).register_full_backward_hook(lambda *_: calls.append(part))
+    layer(torch.randn(2, 11, 12, dtype=F64)).sum().backward()
+    assert calls
+
+
+def test_a_backward_hook_of_all_modules_fires():
+    layer, seen = mixing(expand=1), set()
+    handle = nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.add(type(module).__name__))
+    try:
+        layer(torch.randn(2, 11, 12, dtype=F64)).sum().backward()
+    finally:
+        handle.remove()
+    assert {"SingleVectorAttention", "Linear", "Summarizer", "Expander"} <= seen
+
+
+@pytest.mark.parametrize("part", ["sva", "sva.q", "sva.v", "summarizer", "expander"])
+def test_a_forward_of_an_instance_is_called_in_every_form(part):
+    layer, x = mixing(expand=1), torch.randn(2, 11, 12, dtype=F64)
+    before, module = layer(x), layer.get_submodule(part)
+    own = module.forward
+    module.forward = lambda *given: 1.5 * own(*given)
+    y = layer(x)
+    assert (y - before).abs().max() > 1e-3
+    for name, z in every_form(layer, x).items():
+        assert_close(name, z, y, VALUE)
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_stream_goes_on_after_hooks_are_removed(everywhere, tokens):
+    """A hook that watches a prompt, of one module or of all of them, is no reason for a state without q and v."""
+    layer, x = mixing(expand=1), torch.randn(2, 9, 12, dtype=F64)
+    register = nn.modules.module.register_module_forward_hook if everywhere else layer.sva.register_forward_hook
+    handle = register(lambda *_: None)
+    try:
+        _, state = layer.prefill(x[:, :tokens])
+        stepped = layer.init_state(2)
+        for t in range(tokens):
+            _, stepped = layer.step(x[:, t : t + 1], stepped)
+    finally:
+        handle.remove()
+    for before in (state, stepped):
+        y, _ = layer.step(x[:, tokens : tokens + 1], before)
+        assert_close("y", y, layer(x)[:, tokens : tokens + 1], VALUE)
+
+
+def test_a_state_has_no_q_and_v_of_an_attention_that_is_none_of_the_layers():
+    """NaN, which nobody takes for a result, and not numbers that belong to other projections."""
+    layer = mixing()
+    layer.sva = OwnAttention()
+    _, state = layer.prefill(torch.randn(2, 11, 12, dtype=F64))
+    valid = state.valid()
+    assert state.q[valid].isnan().all() and state.v[valid].isnan().all()
+    _, state = layer.step(torch.randn(2, 1, 12, dtype=F64), state)
+    assert state.q[valid].isnan().all() and state.nodes.isfinite().all()
+
+
+class OwnAttention(nn.Module):
+    def forward(self, memory: Tensor, valid: Tensor) -> Tensor:
+        return memory.mean(2)
+
+
+class Dropping(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(nn.functional.dropout(x, 0.5))
+
+
+class DroppedWeight(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.dropout(weight, 0.5)
+
+
+@pytest.mark.parametrize("how", ["called", "parametrized"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_lean_layer_draws_in_backward_what_it_drew_in_forward(name, how):
+    gradients, x, layer = [], torch.randn(2, 11, 12, dtype=F64), mixing()
+    if how == "called":
+        layer.sva.add_module(name, Dropping(layer.sva.get_submodule(name)))
+    else:
+        nn.utils.parametrize.register_parametrization(layer.sva.get_submodule(name), "weight", DroppedWeight())
+    for lean in (False, True):
+        layer.lean = lean
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+    for (name, _), plain, again in zip(layer.named_parameters(), *gradients, strict=True):
+        assert_close(name, again, plain, GRADIENT)
+
+
+def test_an_expander_of_another_kind_is_called():
+    """Of one that keeps a stack's height, as k = 0 says."""
+    layer, x = mixing(expand=0), torch.randn(2, 11, 12, dtype=F64)
+    layer.expander = nn.Linear(12, 12, dtype=F64)
+    other = copy.deepcopy(layer)
+    other.expander = nn.Sequential(other.expander)
+    agree(layer, other, x)
+
+
+@pytest.mark.parametrize("part", ["expander.conv_transpose", "expander", "summarizer.conv", "summarizer"])
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_called_part_takes_a_sequence_without_a_node(part, length):
+    layer, x = mixing(summarizer="conv", expand=1), torch.randn(2, length, 12, dtype=F64)
+    expected = layer(x)
+    layer.get_submodule(part).register_forward_hook(lambda *_: None)
+    assert_close("y", layer(x), expected, VALUE)
 
 
 NORMS: dict[str, Callable[[nn.Module], object]] = {
@@ -150,10 +269,18 @@ def test_a_part_that_must_be_called_is_said_where_a_kernel_was_asked_for_by_name
     layer.summarizer.register_forward_hook(lambda *_: None)
     with pytest.raises(BackendError, match="callable summarizer"):
         layer(torch.randn(1, 9, 12, dtype=F64))
+    layer = mixing(backend="triton")
+    layer.summarizer.weight = nn.Parameter(layer.summarizer.weight.detach().as_subclass(Kind))
+    with pytest.raises(BackendError, match="weights of its own kind"):
+        layer(torch.randn(1, 9, 12, dtype=F64))
     layer = LogarithmicMixing(12, 3, 2, step_backend="cpp")
     layer.sva.q.register_forward_hook(lambda *_: None)
     with torch.no_grad(), pytest.raises(BackendError, match="sva.q must be called"):
         layer.step(torch.randn(1, 1, 12), layer.init_state(1))
+
+
+class Kind(Tensor):
+    """A tensor of another kind."""
 
 
 def test_a_sequence_of_padded_rows_through_an_attention_that_is_called():
@@ -220,3 +347,18 @@ class Around(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return self.inner(left, right)
+
+
+def test_a_pool_of_a_called_part_checks_and_counts():
+    layer, x = mixing(), torch.randn(2, 2, 12, dtype=F64)
+    layer.sva.register_forward_hook(lambda *_: None)
+    pool = layer.init_state(3, max_position=3)
+    y = layer.step_(x, pool, torch.tensor([2, -1]))
+    assert y[1].eq(0).all() and pool.max_position == 2 and pool.position.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match="^slots: expected each slot at most once"):
+        layer.step_(x, pool, torch.tensor([1, 1]))
+    with pytest.raises(RuntimeError, match="^state: exhausted"):
+        layer.step_(x, pool, torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="^state: expected one with expand=0"):
+        layer.step_(x, mixing(expand=1).init_state(2, max_position=3))
+    assert pool.position.tolist() == [0, 0, 2]

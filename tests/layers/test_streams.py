@@ -61,6 +61,18 @@ def test_a_token_with_a_state_is_the_step_and_leaves_the_own_memory_alone():
     assert y.requires_grad and torch.allclose(y, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, value", [("lengths", [1, 0]), ("attention_mask", [[1], [0]])])
+def test_a_token_that_is_padding_leaves_its_row_of_the_stream_alone(name, value):
+    layer, x = streaming(dtype=F64), torch.randn(2, 5, 12, dtype=F64)
+    layer(x[:, :3])
+    y = layer(x[:, 3:4], **{name: torch.tensor(value)})
+    assert layer._stream.position.tolist() == [4, 3] and y[1].eq(0).all()
+    after = layer(x[:, 4:])
+    layer.parallelize = True
+    assert_close("full row", after[:1], layer(x[:1])[:, 4:], VALUE)
+    assert_close("padded row", after[1:], layer(x[1:, [0, 1, 2, 4]])[:, 3:], VALUE)
+
+
 def test_what_does_not_fit_is_refused_by_name():
     layer = streaming()
     layer(torch.randn(2, 1, 12))
