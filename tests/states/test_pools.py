@@ -64,3 +64,27 @@ def test_what_a_pool_gives_away_stays_when_the_pool_goes_on(view):
         for state, first in ((alias, 50), (pool, 100)):
             y, _ = layer(x[:, first:], state=state, return_state=True)
             assert_close("y", y, layer(x)[:, first:], VALUE)
+
+
+def test_a_row_without_a_token_keeps_its_newest_one_to_the_bit():
+    """Of a state that is wider than the tokens."""
+    layer = LogarithmicMixing(16, 2, 2, dtype=torch.bfloat16)
+    _, state = layer.prefill(torch.randn(2, 5, 16).bfloat16())
+    state = state.to(dtype=torch.float32)
+    object.__setattr__(state, "token", torch.randn(2, 16))  # what no bfloat16 holds
+    x = torch.randn(2, 3, 16).bfloat16()
+    _, after = layer(x, state=state, lengths=torch.tensor([3, 0]), return_state=True)
+    assert torch.equal(after.token[1], state.token[1]) and torch.equal(after.token[0], x[0, 2].float())
+    assert torch.equal(after.nodes[1, :2], state.nodes[1]) and after.position.tolist() == [8, 5]
+
+
+def test_an_expander_of_another_width_takes_the_place_of_the_first():
+    layer, other = (LogarithmicMixing(8, 2, expand=k, dtype=torch.float64) for k in (1, 2))
+    layer.expander = other.expander
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    assert layer.expand == 2
+    y, state = layer(x, return_state=True)
+    expected = LogarithmicMixing(8, 2, expand=2, dtype=torch.float64)
+    expected.load_state_dict(layer.state_dict())
+    assert_close("y", y, expected(x), TOLERANCE[torch.float64][0])
+    assert_close("step", layer.step(x[:, :1], state)[0], expected.step(x[:, :1], state)[0], TOLERANCE[torch.float64][0])
