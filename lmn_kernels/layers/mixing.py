@@ -101,7 +101,8 @@ class LogarithmicMixing(nn.Module):
     @property
     def expand(self) -> int:
         """k of the expander; 0 without one."""
-        return 0 if self.expander is None else self._expand
+        # A wrapper around one does not say.
+        return 0 if self.expander is None else getattr(self.expander, "expand", self._expand)
 
     def extra_repr(self) -> str:
         return (
