@@ -101,6 +101,7 @@ class LogarithmicMixing(nn.Module):
     @property
     def expand(self) -> int:
         """k of the expander; 0 without one."""
+        # A wrapper around one does not say.
         return 0 if self.expander is None else getattr(self.expander, "expand", self._expand)
 
     def extra_repr(self) -> str:
@@ -149,9 +150,9 @@ class LogarithmicMixing(nn.Module):
         streams = not self.parallelize and state is None and not return_state
         whole = lengths is None and cu_seqlens is None and max_length is None and attention_mask is None
         if whole and (streams or state is not None) and isinstance(x, Tensor) and x.shape[1:2] == (1,):
-            # One more token of a stream is a step.
+            # One more token of a stream is a step; by the reference where the named backend does not serve it.
             before = self._before(x) if state is None else state
-            y, after = sequential.step(self, x, before)
+            y, after = sequential.step(self, x, before, obliged=False)
             if streams:
                 self._stream = after
             return (y, after) if return_state else y

@@ -60,6 +60,9 @@ def _mix(
 
 def _by_called_attention(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences) -> Tensor:
     """The attention called over the memory tensor, of size M·log L·E: its hooks, or what replaced it, see all of it."""
+    if sequences.count == 0:  # every row is padding
+        alone: Tensor = layer.sva(flat[None, :, None])
+        return alone
     layout = Layout(sequences, layer.expand, flat.device)
     start, length, offset, _, _ = layout.tables()
     index = torch.arange(sequences.tokens, device=flat.device)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _all
 
 from python_ref.step import Linear
@@ -45,7 +47,8 @@ def hooked_everywhere() -> bool:
     return bool(forward or _all._global_backward_hooks or _all._global_backward_pre_hooks)
 
 
-_TENSORS = (Tensor, nn.Parameter)
+# Plain ones, and what torch.export and make_fx put in their place while they trace.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 # Forwards that use their module's parameters as a road around them does: of marked classes, and of what they hold.
 _MARKED: list[Any] = []
 _CHILDREN = (nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward)

@@ -24,22 +24,22 @@ from .parts import MixingParts, check_input, fit, merge_stacks_of, node_qv_of
 from .step_plan import StepPlan
 
 
-def step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """`LogarithmicMixing.step`."""
+def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = True) -> tuple[Tensor, MemoryState]:
+    """`LogarithmicMixing.step`; ``obliged``: see `served_by`."""
     plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     if plan is None or not plan.serves(layer, x_t, state):
         check_tensor("x_t", x_t)
         road = survey(layer)
-        if served_by(layer, x_t, state, road) == "reference":
-            return _by_reference(layer, x_t, _check_step(layer, x_t, state), road)
+        if served_by(layer, x_t, state, road, obliged) == "reference":
+            return _by_reference(layer, x_t, _check_step(layer, x_t, state, road), road)
         weights, whole = weights_of(layer)
         plan = make_plan(layer, weights) if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
-            return _by_operation(layer, x_t, _check_step(layer, x_t, state), weights, whole)
+            return _by_operation(layer, x_t, _check_step(layer, x_t, state, road), weights, whole)
     try:
         return plan.step(x_t, state)
     except (AttributeError, TypeError, ValueError):
-        _check_step(layer, x_t, state)  # the same complaint in the layer's own words
+        _check_step(layer, x_t, state, survey(layer))  # the same complaint in the layer's own words
         raise
 
 
@@ -112,8 +112,11 @@ def make_plan(layer: Any, weights: StepWeights) -> StepPlan | None:
     return plan
 
 
-def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road) -> str:
+def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road, obliged: bool = True) -> str:
     """The backend of a step. One that the extension is not made for runs on the reference.
+
+    Args:
+        obliged: whether a backend asked for by name must serve; where not, the reference takes its place.
 
     Raises:
         BackendError: the extension was asked for by name, and cannot serve; the message has every reason.
@@ -135,13 +138,12 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road) -> str
         reasons.append(f"{', '.join(road.called)} must be called, with hooks, a wrapper or weights of another kind")
     if isinstance(state, MemoryState) and not keeps(device.type, x_t.dtype, state.token.dtype):
         reasons.append(f"the state is kept in {state.token.dtype}")
-    if not reasons:
-        return choice.resolve(layer.step_backend, "step", device, x_t.dtype)
-    if asked == "cpp":
+    if asked == "cpp" and (reasons or not obliged):
         own = choice.why_not(asked, "step", device, x_t.dtype)
         reasons += [] if own is None else [own]
-        raise choice.BackendError(f"backend='cpp' cannot serve step on {device.type}: {'; '.join(reasons)}")
-    return "reference"
+        if reasons and obliged:
+            raise choice.BackendError(f"backend='cpp' cannot serve step on {device.type}: {'; '.join(reasons)}")
+    return "reference" if reasons else choice.resolve(layer.step_backend, "step", device, x_t.dtype)
 
 
 def advance(layer: MixingParts, x: Tensor, state: MemoryState, road: Road) -> MemoryState:
@@ -152,9 +154,9 @@ def advance(layer: MixingParts, x: Tensor, state: MemoryState, road: Road) -> Me
     return state.advanced(new)
 
 
-def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState) -> MemoryState:
+def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> MemoryState:
     """The state with room for one more token."""
-    check_input(layer, x_t, survey(layer).weight)
+    check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     return fit(layer, state, x_t.shape[0], 1, x_t.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -175,3 +177,16 @@ def test_what_is_printed_tells_settings_and_no_tensors():
         "MemoryState(batch_size=3, embedding=8, bank=2, expand=0, levels=2, max_position=5, torch.float32, cpu)"
     )
     assert "tensor(" not in repr(layer.step_weights()) and "heads=2" in repr(layer.step_weights())
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_an_expander_of_another_height_says_how_high(before):
+    """What a layer was made with is no matter where the part in its place says it itself."""
+    other = LogarithmicMixing(8, 2, 2, expand=2)
+    layer = LogarithmicMixing(8, 2, 2, expand=before)
+    layer.expander = copy.deepcopy(other.expander)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(2, 11, 8)
+    assert layer.expand == 2 and torch.equal(layer(x), other(x))
+    (_, state), (_, expected) = layer.prefill(x), other.prefill(x)
+    assert torch.equal(layer.step(x[:, :1], state)[0], other.step(x[:, :1], expected)[0])

@@ -385,3 +385,12 @@ def test_an_additive_mask_is_refused():
     mask[:, 7:] = -math.inf
     with pytest.raises(TypeError, match="attention_mask: expected bool or integers.*float32"):
         LogarithmicMixing(8)(torch.zeros(2, 9, 8), attention_mask=mask)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_packed_batch_of_no_documents_is_padding_alone(hooked):
+    layer = LAYERS["mixing"]()
+    if hooked:
+        layer.sva.register_forward_hook(lambda *_: None)
+    y, state = layer(torch.full((1, 5, 8), math.nan).double(), cu_seqlens=ints(0), return_state=True)
+    assert torch.equal(y, torch.zeros(1, 5, 8).double()) and state.batch_size == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
-from lmn_kernels import LogarithmicMemory, LogarithmicMixing
+from lmn_kernels import BackendError, LogarithmicMemory, LogarithmicMixing
 
 F64 = torch.float64
 VALUE, GRADIENT = TOLERANCE[F64]
@@ -108,3 +108,26 @@ def test_a_copy_goes_on_where_the_stream_stands_without_its_graph(twin):
     with torch.no_grad():
         assert torch.equal(other(x[:, 3:4]), layer(x[:, 3:4]))
     torch.optim.swa_utils.AveragedModel(layer)
+
+
+@pytest.mark.parametrize("how", ["gradients", "float64", "function", "environment"])
+def test_a_token_that_the_named_step_does_not_serve_is_taken_all_the_same(how, monkeypatch):
+    """The name is obeyed by `step`; a chunk runs whatever its length."""
+    named = {"step_backend": "cpp"}
+    if how == "environment":
+        named = {}
+        monkeypatch.setenv("LMN_KERNELS_BACKEND", "cpp")
+    dtype = F64 if how == "float64" else torch.float32
+    summarizer = (lambda left, right: 0.5 * left + 0.75 * right) if how == "function" else "linear"
+    layer = LogarithmicMixing(12, 3, 2, False, summarizer=summarizer, dtype=dtype, **named)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    with torch.set_grad_enabled(how not in ("float64", "function")):
+        y = torch.cat([layer(x[:, :3]), layer(x[:, 3:4]), layer(x[:, 4:])], 1)
+        _, state = layer.prefill(x[:, :4])
+        continued = layer(x[:, 4:], state=state)
+        with pytest.raises(BackendError, match="backend='cpp' cannot serve step on cpu"):
+            layer.step(x[:, 4:], state)
+    layer.parallelize = True
+    whole = layer(x)
+    assert_close("y", y, whole, TOLERANCE[dtype][0])
+    assert_close("continued", continued, whole[:, 4:], TOLERANCE[dtype][0])
