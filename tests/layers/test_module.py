@@ -190,3 +190,10 @@ def test_an_expander_of_another_height_says_how_high(before):
     assert layer.expand == 2 and torch.equal(layer(x), other(x))
     (_, state), (_, expected) = layer.prefill(x), other.prefill(x)
     assert torch.equal(layer.step(x[:, :1], state)[0], other.step(x[:, :1], expected)[0])
+
+
+@pytest.mark.parametrize("name", ["lengths", "cu_seqlens", "attention_mask"])
+def test_what_describes_a_batch_is_on_its_device(name):
+    given = {"lengths": [3], "cu_seqlens": [0, 3], "attention_mask": [[1, 1, 1]]}[name]
+    with pytest.raises(ValueError, match=f"{name}: expected device cpu, got meta"):
+        LogarithmicMixing(8)(torch.zeros(1, 3, 8), **{name: torch.tensor(given, device="meta")})

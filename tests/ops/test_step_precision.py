@@ -7,6 +7,7 @@ import torch
 
 from bench.close import assert_close, error
 from lmn_kernels import LogarithmicMixing, decode_
+from python_ref.step import attend_slots
 from tests.ops.test_golden import CASES, Golden
 from tests.support.stepping import (
     BY_NAME,
@@ -165,3 +166,12 @@ def test_a_node_is_rounded_once(backend):
     _, end = exact_steps(BY_NAME["wide_102"], layer, x, state)
     layer.step_(x, state)
     assert error(state.nodes, end.nodes) < 1.1 * error(end.nodes.to(BF16), end.nodes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+def test_attention_over_slots_of_16_bits_is_rounded_once(dtype):
+    k, slots = torch.randn(3, 8, dtype=dtype), torch.randn(2, 3, 40, 8, dtype=dtype)
+    valid = torch.rand(3, 40) < 0.7
+    valid[:, 0] = True
+    exactly = attend_slots(k.float(), *slots.float(), valid, 2)
+    assert torch.equal(attend_slots(k, *slots, valid, 2), exactly.to(dtype))
