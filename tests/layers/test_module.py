@@ -139,6 +139,7 @@ def test_a_summarizer_of_the_wrong_shape_is_named():
         ({"embedding": 0}, "embedding: expected an integer of at least 1, got 0"),
         ({"embedding": 10, "heads": 3}, "heads: expected a divisor of embedding=10, got 3"),
         ({"bank": 0}, "bank: expected an integer of at least 1, got 0"),
+        ({"heads": True}, "heads: expected an integer of at least 1, got True"),
         ({"summarizer": "quadratic"}, "summarizer: expected .* got 'quadratic'"),
         ({"init": "zeros"}, "init: expected one of original, variance_preserving, got 'zeros'"),
         ({"backend": "cudnn"}, "backend: expected one of .* got 'cudnn'"),
