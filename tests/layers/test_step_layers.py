@@ -14,13 +14,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from bench.close import assert_close
+from bench.close import TOLERANCE, assert_close
 from lmn_kernels import LogarithmicMemory
 from tests.support.stepping import (
     BY_NAME,
     agree_on_state,
     assert_same,
     assert_state_close,
+    every_backend,
     exact_steps,
     extension,
     layers,
@@ -285,3 +286,29 @@ def test_autocast_steps_on_the_reference(asked, backend):
     assert_close("y", y, expected, tolerance(BF16))
     assert_state_close(new, end, tolerance(BF16))
     assert_state_close(state, before, 0.0)
+
+
+@pytest.mark.parametrize("eps", [None, 0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_backend
+@torch.no_grad()
+def test_the_eps_of_a_norm_counts_where_tokens_are_small(backend, dtype, eps):
+    """`torch.nn.RMSNorm` without one takes the resolution of the dtype."""
+    if backend == "cpp" and dtype == torch.float64:
+        backend = "reference"  # which is all that float64 has
+    layer = LogarithmicMemory(12, 3, 2, step_backend=backend, dtype=dtype)
+    layer.norm1.eps = layer.norm2.eps = eps
+    x = 1e-6 * torch.randn(2, 5, 12, dtype=dtype)
+    y = layer.step_(x, layer.init_state(2, max_position=5, dtype=dtype))
+    assert_close("y", y, layer(x), TOLERANCE[dtype][0])
+
+
+@every_backend
+@torch.no_grad()
+def test_a_row_without_a_slot_is_zero_behind_a_block_of_other_parts(backend):
+    layer = LogarithmicMemory(12, 3, 2, step_backend=backend)
+    layer.norm2 = torch.nn.LayerNorm(12)
+    x, pool = torch.randn(2, 3, 12), layer.init_state(2, max_position=3)
+    y = layer.step_(x, pool, torch.tensor([-1, 0]))
+    assert torch.equal(y[0], torch.zeros(3, 12))
+    assert_close("y", y[1:], layer(x[1:]), TOLERANCE[torch.float32][0])

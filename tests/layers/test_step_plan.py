@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from bench.close import TOLERANCE, assert_close
 from lmn_kernels import LogarithmicMemory, LogarithmicMixing, MemoryState, decode_
@@ -163,13 +164,28 @@ def test_a_plan_does_not_keep_a_layer():
     assert gone() is None
 
 
+@pytest.fixture
+def swaps():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps")
+def test_a_plan_does_not_stop_a_load():
+    layer, state = stepped(LogarithmicMixing)
+    other = LogarithmicMixing(16, 2, 2)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        y = layer.step_(x, layer.init_state(1, max_position=5))
+        assert_close("y", y, other(x), 4 * LIMIT)
+
+
+@pytest.mark.usefixtures("swaps")
 def test_a_plan_does_not_stop_a_conversion():
     layer, _ = stepped(LogarithmicMixing)
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        layer.to(torch.bfloat16)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+    layer.to(torch.bfloat16)
     x = torch.randn(1, 5, 16, dtype=torch.bfloat16)
     with torch.no_grad():
         y = layer.step_(x, layer.init_state(1, max_position=5))
@@ -223,3 +239,16 @@ def test_the_feed_forward_far_below_zero():
         layer.feedforward.fc1.bias.fill_(-1e38)
         x = torch.randn(3, 1, 16)
         assert_close("y", layer.step(x, state)[0], reference(layer, x, state), LIMIT)
+
+
+def test_a_plan_does_not_drop_a_tangent():
+    layer, state = stepped(LogarithmicMixing)
+    x = torch.randn(state.batch_size, 1, 16)
+    with torch.no_grad(), forward_ad.dual_level():
+        y, _ = layer.step(forward_ad.make_dual(x, torch.ones_like(x)), state)
+        tangent = forward_ad.unpack_dual(y).tangent
+    assert tangent is not None
+    epsilon = 1e-2
+    with torch.no_grad():
+        ahead, behind = (layer.step(x + sign * epsilon, state)[0] for sign in (1, -1))
+    assert torch.allclose(tangent, (ahead - behind) / (2 * epsilon), atol=1e-3)

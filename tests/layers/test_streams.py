@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
 from lmn_kernels import BackendError, LogarithmicMemory, LogarithmicMixing
@@ -131,3 +132,32 @@ def test_a_token_that_the_named_step_does_not_serve_is_taken_all_the_same(how, m
     whole = layer(x)
     assert_close("y", y, whole, TOLERANCE[dtype][0])
     assert_close("continued", continued, whole[:, 4:], TOLERANCE[dtype][0])
+
+
+def test_a_call_that_returns_a_state_begins_anew_and_leaves_the_own_memory_alone():
+    layer, x = streaming(), torch.randn(2, 7, 12)
+    layer(x[:, :4])
+    y, state = layer(x[:, 4:], return_state=True)
+    assert layer.ptr == 4 and state.max_position == 3
+    layer.reset()
+    assert torch.equal(layer(x[:, 4:]), y)
+
+
+def test_one_token_of_a_stream_takes_no_bound_for_documents():
+    with pytest.raises(ValueError, match="max_length: expected None without cu_seqlens, got 1"):
+        streaming()(torch.randn(2, 1, 12), max_length=1)
+
+
+def test_under_autocast_a_chunk_builds_its_tree_in_the_dtype_of_the_region():
+    layer, seen = LogarithmicMixing(12, 3, 2), []
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "lmn_kernels":
+                seen.append((func._schema.name, {a.dtype for a in args if torch.is_tensor(a)}))
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Dtypes():
+        y = layer(torch.randn(2, 7, 12))
+    kinds = {torch.bfloat16}
+    assert seen == [("lmn_kernels::build_tree", kinds), ("lmn_kernels::attend", kinds)] and y.dtype == torch.bfloat16
