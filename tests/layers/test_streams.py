@@ -161,3 +161,13 @@ def test_under_autocast_a_chunk_builds_its_tree_in_the_dtype_of_the_region():
         y = layer(torch.randn(2, 7, 12))
     kinds = {torch.bfloat16}
     assert seen == [("lmn_kernels::build_tree", kinds), ("lmn_kernels::attend", kinds)] and y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
+def test_autocast_leaves_float64_alone(kind):
+    layer, x = kind(12, 3, 2, dtype=F64), torch.randn(2, 7, 12, dtype=F64)
+    y, state = layer(x, return_state=True)
+    after, _ = layer.step(x[:, :1], state)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, state = layer(x, return_state=True)
+        assert torch.equal(again, y) and torch.equal(layer.step(x[:, :1], state)[0], after)

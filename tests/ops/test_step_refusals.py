@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.close import TOLERANCE, assert_close
 from lmn_kernels import MemoryState, decode_, update_
 from tests.support.stepping import BY_NAME, PARTS, assert_same_state, every_backend, extension, parts, started
 from tests.support.variants import Variant
@@ -249,3 +250,26 @@ def test_a_named_extension_does_not_record(backend):
             layer.step(x, wanting)
         with pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"):
             torch.ops.lmn_kernels.step.default(x, *wanting.slots(), *layer.step_weights())
+
+
+@every_backend
+@torch.no_grad()
+def test_a_slot_without_room_hinders_no_other(backend):
+    layer = BY_NAME["linear"].layer(torch.float32)
+    state = layer.init_state(3, max_position=7)
+    state.position[1] = state.capacity
+    x = torch.randn(2, 4, 12)
+    y = decode_(x, state, layer.step_weights(), slots=torch.tensor([2, 0]), backend=backend)
+    assert_close("y", y, layer(x), TOLERANCE[torch.float32][0])
+    with pytest.raises(RuntimeError, match="exhausted"):
+        decode_(x, state, layer.step_weights(), slots=torch.tensor([2, 1]), backend=backend)
+
+
+@torch.no_grad()
+def test_a_state_that_the_extension_does_not_keep_is_the_references():
+    layer = BY_NAME["linear"].layer(torch.float32)
+    x = torch.randn(3, 4, 12)
+    state, other = (layer.init_state(3, max_position=4, dtype=torch.float64) for _ in range(2))
+    y = decode_(x, state, layer.step_weights())
+    assert torch.equal(y, decode_(x, other, layer.step_weights(), backend="reference"))
+    assert_same_state(state, other)

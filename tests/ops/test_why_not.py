@@ -7,7 +7,7 @@ import torch
 
 import lmn_kernels
 from lmn_kernels import BackendError, LogarithmicMixing
-from lmn_kernels.backend import extension
+from lmn_kernels.backend import choice, extension
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,28 @@ def test_every_reason_is_named(no_extension):
     with torch.no_grad(), pytest.raises(BackendError) as raised:
         layer.step(torch.randn(1, 1, 8).half(), layer.init_state(1))
     assert all(part in str(raised.value) for part in ("a callable", "torch.float16", no_extension))
+
+
+@pytest.fixture
+def old_device(monkeypatch) -> None:
+    """A GPU of compute capability 7.5 with Triton, as far as one asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(choice, "_chosen", {})
+
+
+@pytest.mark.usefixtures("old_device")
+def test_the_widest_head_is_that_of_products_in_float32_before_sm_80():
+    assert lmn_kernels.why_not("triton", "attend", "cuda", torch.float16, 128) is None
+    assert "heads of up to 128 features" in lmn_kernels.why_not("triton", "attend", "cuda", torch.float16, 129)
+
+
+@pytest.mark.usefixtures("old_device")
+def test_what_serves_one_width_of_heads_is_not_taken_for_another():
+    given = "triton", "attend", torch.device("cuda"), torch.float32
+    for _ in range(2):
+        assert choice.resolve(*given, 64) == "triton"
+        with pytest.raises(BackendError, match="heads of up to 128 features in torch.float32"):
+            choice.resolve(*given, 129)
