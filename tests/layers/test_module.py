@@ -198,3 +198,10 @@ def test_what_describes_a_batch_is_on_its_device(name):
     given = {"lengths": [3], "cu_seqlens": [0, 3], "attention_mask": [[1, 1, 1]]}[name]
     with pytest.raises(ValueError, match=f"{name}: expected device cpu, got meta"):
         LogarithmicMixing(8)(torch.zeros(1, 3, 8), **{name: torch.tensor(given, device="meta")})
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_state_on_another_device_is_refused(length):
+    layer = LogarithmicMixing(8)
+    with pytest.raises(ValueError, match="state: expected device cpu, got meta"):
+        layer(torch.zeros(1, length, 8), state=layer.init_state(1, device="meta"))
