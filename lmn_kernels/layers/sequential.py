@@ -32,7 +32,7 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
         road = survey(layer)
         if served_by(layer, x_t, state, road, obliged) == "reference":
             return _by_reference(layer, x_t, _check_step(layer, x_t, state, road), road)
-        weights, whole = weights_of(layer)
+        weights, whole = weights_of(layer, road)
         plan = make_plan(layer, weights) if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
             return _by_operation(layer, x_t, _check_step(layer, x_t, state, road), weights, whole)
@@ -59,7 +59,7 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
         backend = served_by(layer, x, state, road)
         if not road.merges or road.called:
             return _pool_by_modules(layer, x, state, slots, road)
-        weights, whole = weights_of(layer)
+        weights, whole = weights_of(layer, road)
         if whole and backend != "reference":
             make_plan(layer, weights)
         if whole:
@@ -71,16 +71,15 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
 
 def step_weights(layer: MixingParts) -> StepWeights:
     """`LogarithmicMixing.step_weights`."""
-    weights, whole = weights_of(layer)
+    weights, whole = weights_of(layer, survey(layer))
     if not whole:
         raise TypeError("block: expected RMSNorms and a FeedForward without hooks, got modules of another kind")
     return weights
 
 
-def weights_of(layer: MixingParts) -> tuple[StepWeights, bool]:
+def weights_of(layer: MixingParts, road: Road) -> tuple[StepWeights, bool]:
     """The layer's weights, and whether they say all of it: what surrounds the mixing may be more than tensors."""
     modules = layer._modules
-    road = survey(layer)
     summarizer, expander, sva = modules.get("summarizer"), modules.get("expander"), modules["sva"]
     if not road.merges:
         raise TypeError(

@@ -273,3 +273,12 @@ def test_a_state_that_the_extension_does_not_keep_is_the_references():
     y = decode_(x, state, layer.step_weights())
     assert torch.equal(y, decode_(x, other, layer.step_weights(), backend="reference"))
     assert_same_state(state, other)
+
+
+@torch.no_grad()
+def test_rows_that_take_no_part_raise_a_bound_no_further_than_there_is_room():
+    layer = BY_NAME["linear"].layer(torch.float32)
+    state = layer.init_state(1, max_position=3)
+    for _ in range(3):
+        layer.step_(torch.randn(1, 2, 12), state, torch.tensor([-1]))
+    assert state.max_position == state.capacity == 3
