@@ -80,8 +80,9 @@ def _by_called_attention(layer: MixingParts, flat: Tensor, nodes: Tensor, sequen
 
 def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> tuple[Tensor, Tensor]:
     """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
+    expand = 0 if layer.expander is None else getattr(layer.expander, "expand", layer._expand)
     node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
-    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=layer.expand, backend=layer.backend)
+    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=expand, backend=layer.backend)
     return out, node_qv
 
 
