@@ -231,6 +231,28 @@ def chain_of(position: Tensor, levels: int) -> int:
     return int((position & -position).max()).bit_length() - 1 if position.numel() else 0
 
 
+def each_token_(
+    x: Tensor, slots: Tensor | None, state: Slots, take: Callable[[Tensor, Slots], tuple[Tensor | None, Slots]]
+) -> Tensor:
+    """``take`` one token after the other of the rows that have a slot, and put what it returns in its place.
+
+    Args:
+        x, slots, state: those of `run_`.
+        take: tokens ``[N, E]`` and the state before them → outputs ``[N, E]``, or None for zeros, and the state after.
+    """
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
+    slot = active if slots is None else slots.index_select(0, active).long()
+    for t in range(x.shape[1]):
+        old = Slots(*(part.index_select(0, slot) for part in state))
+        y_t, new = take(x[:, t].index_select(0, active), old)
+        for part, value in zip(state, new, strict=True):
+            part.index_copy_(0, slot, value)
+        if y_t is not None:
+            y[:, t].index_copy_(0, active, y_t.to(y.dtype))
+    return y
+
+
 def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, attends: bool) -> Tensor:
     """T tokens of each row into a pool of states, in place; see ``lmn_kernels.decode_`` and ``update_``.
 
@@ -246,22 +268,17 @@ def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, at
     while state_rows(levels, expand) < rows:
         levels += 1
     merge = merge_of(named, weights.summarizer, bank)
-    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
-    slot = active if slots is None else slots.index_select(0, active).long()
 
     def project(nodes: Tensor) -> Tensor:
         return torch.cat([F.linear(nodes, *named.q), F.linear(nodes, *named.v)], -1)
 
-    for t in range(x.shape[1]):
-        given = x[:, t].index_select(0, active)
+    def take(given: Tensor, old: Slots) -> tuple[Tensor | None, Slots]:
         token = around.before(given)
-        old = Slots(*(part.index_select(0, slot) for part in state))
         new = advance(token, old, merge, project, expand, chain_of(old.position + 1, levels))
-        for part, value in zip(state, new, strict=True):
-            part.index_copy_(0, slot, value)
-        if attends:
-            qkv = torch.cat([F.linear(token, *pair) for pair in (named.q, named.k, named.v)], -1)
-            mixed = attend_state(qkv, new, weights.heads, levels, expand)
-            y[:, t].index_copy_(0, active, around.after(given, F.linear(mixed, *named.out)))
-    return y
+        if not attends:
+            return None, new
+        qkv = torch.cat([F.linear(token, *pair) for pair in (named.q, named.k, named.v)], -1)
+        mixed = attend_state(qkv, new, weights.heads, levels, expand)
+        return around.after(given, F.linear(mixed, *named.out)), new
+
+    return each_token_(x, slots, state, take)

@@ -21,7 +21,7 @@ from python_ref.step import StepWeights
 from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
-from .parameters import survey
+from .parameters import expand_of, survey
 from .parts import check_input
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
@@ -101,8 +101,7 @@ class LogarithmicMixing(nn.Module):
     @property
     def expand(self) -> int:
         """k of the expander; 0 without one."""
-        # A wrapper around one does not say.
-        return 0 if self.expander is None else getattr(self.expander, "expand", self._expand)
+        return expand_of(self)
 
     def extra_repr(self) -> str:
         return (
@@ -131,6 +130,9 @@ class LogarithmicMixing(nn.Module):
     ) -> Tensor | tuple[Tensor, MemoryState]:
         """The layer over whole sequences, or over a chunk that continues from a state.
 
+        One token, ``[B, 1, E]``, behind a state or of the layer's own stream is a `step`, and ``step_backend`` says
+        what serves it; the reference takes the place of a named one that cannot.
+
         Args:
             x: ``[B, L, E]``, a floating dtype, any strides; B = 0 and L = 0 are valid.
             state: what came before; None for nothing. Rows may stand at different positions.
@@ -150,7 +152,6 @@ class LogarithmicMixing(nn.Module):
         streams = not self.parallelize and state is None and not return_state
         whole = lengths is None and cu_seqlens is None and max_length is None and attention_mask is None
         if whole and (streams or state is not None) and isinstance(x, Tensor) and x.shape[1:2] == (1,):
-            # One more token of a stream is a step; by the reference where the named backend does not serve it.
             before = self._before(x) if state is None else state
             y, after = sequential.step(self, x, before, obliged=False)
             if streams:
@@ -242,8 +243,8 @@ class LogarithmicMixing(nn.Module):
         """The layer as `decode_` and `update_` take it: its own parameters, nothing copied.
 
         Raises:
-            TypeError: the summarizer is a callable of the user's, which has no weights, or a part of the block
-                is not of the kind that it was made with.
+            TypeError: a part must be called, since it is of another kind than the layer makes, or has hooks, a
+                wrapper or weights of another kind; the message names it.
         """
         return sequential.step_weights(self)
 

@@ -10,7 +10,7 @@ from python_ref.layout import Layout, level_count, stack_height, state_rows
 from python_ref.sequences import Sequences
 
 from ..states.memory import MemoryState
-from .parallel import tree_of
+from .parallel import pick, tree_of
 from .parameters import survey
 from .parts import MixingParts, check_input, fit
 from .sequential import advance
@@ -36,12 +36,10 @@ def memory_of(layer: MixingParts, x: Tensor) -> Tensor:
     sequences = Sequences.equal(batch, length)
     _, nodes = tree_of(layer, x, sequences, road)
     layout = Layout(sequences, layer.expand, x.device)
-    sequence = torch.arange(batch, device=x.device)[:, None].expand(-1, length)
-    position = torch.arange(1, length + 1, device=x.device).expand(batch, -1)
-    row, exists = layout.slots(sequence, position, level_count(length))
-    slots = nodes.index_select(1, row.flatten()).unflatten(1, row.shape).permute(1, 2, 3, 0, 4)
-    slots = torch.where(exists[..., None, None], slots, 0).flatten(2, 3)
-    return torch.cat([x[:, :, None], slots], 2)
+    sequence = torch.arange(batch, device=x.device).repeat_interleave(length)
+    position = torch.arange(1, length + 1, device=x.device).repeat(batch)
+    slots = pick(nodes, *layout.slots(sequence, position, level_count(length))).flatten(1, 2)
+    return torch.cat([x[:, :, None], slots.unflatten(0, (batch, length))], 2)
 
 
 def take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> tuple[Tensor, MemoryState]:

@@ -71,18 +71,22 @@ def _by_called_attention(layer: MixingParts, flat: Tensor, nodes: Tensor, sequen
     place = index - start[sequence]
     position = torch.where(place < length[sequence], offset[sequence] + place + 1, 0)
     row, exists = layout.slots(sequence, position, layout.levels)
-    slots = nodes.index_select(1, row.flatten()).unflatten(1, row.shape).permute(1, 2, 0, 3).flatten(1, 2)
     valid = exists.repeat_interleave(layer.bank, 1)
-    memory = torch.cat([flat[:, None], torch.where(valid[..., None], slots, 0)], 1)
+    memory = torch.cat([flat[:, None], pick(nodes, row, exists).flatten(1, 2)], 1)
     y: Tensor = layer.sva(memory[None], torch.nn.functional.pad(valid, (1, 0), value=True)[None])
     return y
 
 
+def pick(nodes: Tensor, row: Tensor, exists: Tensor) -> Tensor:
+    """Rows ``row [N, R]`` of nodes ``[m, M, W]`` → ``[N, R, m, W]``; zeros where they do not exist."""
+    rows = nodes.index_select(1, row.flatten()).unflatten(1, row.shape).permute(1, 2, 0, 3)
+    return torch.where(exists[..., None, None], rows, 0)
+
+
 def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> tuple[Tensor, Tensor]:
     """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
-    expand = 0 if layer.expander is None else getattr(layer.expander, "expand", layer._expand)
     node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
-    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=expand, backend=layer.backend)
+    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=road.expand, backend=layer.backend)
     return out, node_qv
 
 
@@ -131,11 +135,8 @@ def _state_after(
     _, length, offset, _, _ = layout.tables()
     row, exists = layout.slots(torch.arange(sequences.count, device=flat.device), offset + length, levels)
 
-    def pick(table: Tensor) -> Tensor:
-        rows = table.index_select(1, row.flatten()).unflatten(1, row.shape)
-        return torch.where(exists[..., None, None], rows.permute(1, 2, 0, 3).to(dtype), 0).contiguous()
-
-    newest, (q, v) = pick(nodes), (pick(half) for half in node_qv.chunk(2, -1))
+    picked = (pick(table, row, exists) for table in (nodes, *node_qv.chunk(2, -1)))
+    newest, q, v = (part.to(dtype).contiguous() for part in picked)
     token_row, token_exists = layout.newest_token()
     # The last row stands for no token.
     none = flat.new_zeros(1, layer.embedding)

@@ -1,4 +1,7 @@
-"""Parameters without the cost of `torch.nn.Module.__getattr__`, which a step of a small layer would notice."""
+"""What parts of a layer say by their weights, and which of them must be called instead.
+
+Read from their dictionaries: a step of a small layer would notice the cost of `torch.nn.Module.__getattr__`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as _all
+from torch.nn.modules import module as every_module
 
 from python_ref.step import Linear
+
+# Plain ones, and what torch.export and make_fx put in their place while they trace.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+# Forwards that use their module's parameters as a road around them does: of marked classes, and of what they hold.
+_MARKED: list[Any] = []
+_CHILDREN = (nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward)
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def parameter(module: Any, name: str) -> Tensor:
@@ -31,9 +41,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
     Else it must be called: hooks, its own or global ones, may change its parameters, its inputs or its results.
     """
-    calls_its_own = getattr(type(module), "forward", None) is kind.forward and "forward" not in module.__dict__
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return calls_its_own and not hooks and not hooked_everywhere()
+    return _is_known(module, (kind.forward,))
 
 
 def is_plain_linear(module: Any) -> bool:
@@ -43,16 +51,15 @@ def is_plain_linear(module: Any) -> bool:
 
 def hooked_everywhere() -> bool:
     """Whether a hook waits for every module that is called."""
-    forward = _all._global_forward_hooks or _all._global_forward_pre_hooks
-    return bool(forward or _all._global_backward_hooks or _all._global_backward_pre_hooks)
+    forward = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+    return bool(forward or every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
 
 
-# Plain ones, and what torch.export and make_fx put in their place while they trace.
-_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-# Forwards that use their module's parameters as a road around them does: of marked classes, and of what they hold.
-_MARKED: list[Any] = []
-_CHILDREN = (nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward)
-Kind = TypeVar("Kind", bound=type[nn.Module])
+def expand_of(layer: Any) -> int:
+    """k of a layer's expander; 0 without one."""
+    expander = layer._modules.get("expander")
+    # A wrapper around one does not say.
+    return 0 if expander is None else getattr(expander, "expand", layer._expand)
 
 
 def known_by_weights(kind: Kind) -> Kind:
@@ -69,6 +76,7 @@ class Road(NamedTuple):
         attends: the attention as a whole; else it is called with a memory tensor.
         called: ``"sva"``, or projections of it, that must be called.
         joins: whether q, k and v are plain tensors, which one product takes.
+        expand: `expand_of` the layer.
         weight: a parameter that has the layer's dtype and device; None where parts fetch theirs when they are called.
     """
 
@@ -76,6 +84,7 @@ class Road(NamedTuple):
     attends: bool
     called: tuple[str, ...]
     joins: bool
+    expand: int
     weight: Tensor | None
 
 
@@ -85,12 +94,13 @@ def survey(layer: Any) -> Road:
     modules: dict[str, Any] = layer._modules
     summarizer, expander, sva = modules.get("summarizer"), modules.get("expander"), modules["sva"]
     merges = summarizer is not None and _only_weights(summarizer) and (expander is None or _only_weights(expander))
+    expand = expand_of(layer)
     if not _is_known(sva):
-        return Road(merges, False, ("sva",), False, _first_weight(layer))
+        return Road(merges, False, ("sva",), False, expand, _first_weight(layer))
     called = tuple(f"sva.{n}" for n in ("q", "k", "v", "out_proj") if not is_plain_linear(sva._modules[n]))
     joins = joins_projections(sva)
     weight = sva._modules["q"]._parameters.get("weight") if joins else None
-    return Road(merges, True, called, joins, _first_weight(layer) if weight is None else weight)
+    return Road(merges, True, called, joins, expand, _first_weight(layer) if weight is None else weight)
 
 
 def joins_projections(sva: Any) -> bool:

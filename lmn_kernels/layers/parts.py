@@ -29,7 +29,6 @@ class MixingParts(Protocol):
     lean: bool
     summarizer: Callable[[Tensor, Tensor], Tensor]
     expander: Expander | None
-    _expand: int
     sva: SingleVectorAttention
     _modules: Any
 

@@ -181,15 +181,12 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
     state.check_for(state.batch_size, layer.embedding, layer.bank, layer.expand, x.device)
     check_rows(x, state, slots)
-    active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
-    slot = active if slots is None else slots.index_select(0, active).long()
-    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for t in range(x.shape[1]):
-        old = state.advanced(Slots(*(part.index_select(0, slot) for part in state.slots())), 0)
-        y_t, new = _by_reference(layer, x[:, t : t + 1].index_select(0, active), old, road)
-        y[:, t : t + 1].index_copy_(0, active, y_t.to(y.dtype))
-        for part, value in zip(state.slots(), new.slots(), strict=True):
-            part.index_copy_(0, slot, value)
+
+    def take(given: Tensor, old: Slots) -> tuple[Tensor, Slots]:
+        y_t, new = _by_reference(layer, given[:, None], state.advanced(old, 0), road)
+        return y_t[:, 0], new.slots()
+
+    y = reference.each_token_(x, slots, state.slots(), take)
     state.note_tokens(x.shape[1])
     return y
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as _all
+from torch.nn.modules import module as every_module
 
 from python_ref.step import StepWeights
 
@@ -66,7 +66,7 @@ class StepPlan:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""
         return (
             type(state) is MemoryState
-            and not (_all._global_forward_hooks or _all._global_forward_pre_hooks)
+            and not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
             and self.native.ready(owner._modules, x, state.token)
             and state.expand == self.expand
             and owner.step_backend == self.backend

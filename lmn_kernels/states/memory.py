@@ -195,9 +195,8 @@ class MemoryState:
                     own.copy_(kept)
                 else:
                     own.index_copy_(0, rows.long(), kept.to(own.dtype))
-        last = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
-        object.__setattr__(self, "max_position", min(last, self.capacity))
-        object.__setattr__(self, "max_position", self._bounded().max_position)
+        bound = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
+        object.__setattr__(self, "max_position", self._last(min(bound, self.capacity)))
         return self
 
     def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
@@ -230,17 +229,19 @@ class MemoryState:
         return MemoryState(*slots, self.expand, self.levels, self.max_position + tokens)
 
     def _bounded(self) -> MemoryState:
-        """The state with the lowest ``max_position`` there is, where reading positions costs no synchronisation."""
-        if not concrete(self.position):
-            return self
-        return replace(self, max_position=int(self.position.max()) if self.position.numel() else 0)
+        """The state with the lowest ``max_position`` that is to be had without reading a device."""
+        return replace(self, max_position=self._last(self.max_position))
+
+    def _last(self, bound: int) -> int:
+        """The last position there is; the bound where reading positions costs a synchronisation."""
+        return _greatest(self.position) if concrete(self.position) else bound
 
     def _narrowed(self, levels: int) -> MemoryState:
         """The same memory with room for ``levels`` levels alone, which must be all that it holds."""
-        last, capacity = self._bounded().max_position, (2 << levels) - 1
+        last, capacity = self._last(self.max_position), (2 << levels) - 1
         if last > capacity:
             # An upper bound only, where the positions lie on a device: they are read before anything is refused.
-            last = int(self.position.max()) if self.position.numel() else 0
+            last = _greatest(self.position)
         if last > capacity:
             raise ValueError(
                 f"snapshot.position: expected at most {capacity}, for which there is room, got up to {last}"
@@ -251,6 +252,10 @@ class MemoryState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         return self.advanced(Slots(*map(function, self.slots())), 0)
+
+
+def _greatest(position: Tensor) -> int:
+    return int(position.max()) if position.numel() else 0
 
 
 def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
