@@ -28,11 +28,11 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the tested versions and this checkout
 
-check: lint ## lint, then the core: what the network computes, on the reference, in C++ and in Triton (3 minutes)
+check: lint ## lint, then the core: what the network computes, on the reference, in C++ and in Triton (2 minutes)
 	$(BIN)/python -m pytest $(CORE) -m "not slow" $(TESTS)
 	$(INTERPRETED)
 
-test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (6 minutes)
+test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (4 minutes)
 	$(BIN)/python -m pytest $(TESTS)
 	$(INTERPRETED)
 
