@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,40 @@ from torch import Tensor
 from .checks import check_device, check_ids, check_positive, check_shape, check_tensor, concrete
 
 
+class Order(NamedTuple):
+    """Rows of a batch with a row's tokens in front, in their order, and what a mask hides behind them.
+
+    Attributes:
+        row: ``[M]`` int64: the row of x that stands at each place.
+        place: ``[M]`` int64: the place at which each row of x stands.
+    """
+
+    row: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Order:
+        """That of ``mask [B, L]`` bool; nothing is read back, and nothing sorted."""
+        batch, length = mask.shape
+        tokens, hidden = mask.cumsum(1) - 1, (~mask).cumsum(1) - 1
+        place = torch.where(mask, tokens, mask.sum(1, keepdim=True) + hidden)
+        place = (place + torch.arange(batch, device=mask.device)[:, None] * length).flatten()
+        return cls(torch.zeros_like(place).scatter(0, place, torch.arange(batch * length, device=mask.device)), place)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Rows of ``x [B, L, E]`` in this order."""
+        return x.flatten(0, 1).index_select(0, self.row).view(x.shape)
+
+    def put_back(self, y: Tensor) -> Tensor:
+        """Rows that `take` put in order, ``[B, L, E]``, where they were."""
+        return y.flatten(0, 1).index_select(0, self.place).view(y.shape)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Sequences as spans of the rows of ``x [M, E]``.
 
-    Build one with `equal`, `padded`, `masked` or `packed`; `after` moves it behind a state.
+    Build one with `equal`, `padded`, `masked`, `gapped` or `packed`; `after` moves it behind a state.
 
     Attributes:
         tokens: M.
@@ -23,6 +53,7 @@ class Sequences:
         spans: ``[S, 3]`` int64 (first row, length, offset), or None for S fresh sequences of M/S tokens.
             The offset is the number of tokens that a sequence saw before.
         carried_levels: levels of carried nodes, or None where the sequences start from nothing.
+        order: where given, spans count the rows of ``order.take(x)``, of `in_order`; operations take no others.
     """
 
     tokens: int
@@ -30,6 +61,7 @@ class Sequences:
     max_position: int
     spans: Tensor | None = None
     carried_levels: int | None = None
+    order: Order | None = None
 
     @classmethod
     def equal(cls, count: int, length: int) -> Sequences:
@@ -52,21 +84,33 @@ class Sequences:
             TypeError: a floating mask.
             ValueError: a row's tokens are not consecutive (checked where it costs no synchronisation).
         """
-        if mask.dim() != 2:
-            raise ValueError(f"attention_mask: expected shape [batch, length], got {list(mask.shape)}")
-        if mask.is_floating_point():
-            # An additive mask means the opposite: 0 where a token is.
-            raise TypeError(f"attention_mask: expected bool or integers, nonzero at tokens, got {mask.dtype}")
-        mask = mask.to(torch.bool)
+        mask = _as_bool(mask)
         batch, length = mask.shape
-        before = torch.nn.functional.pad(mask, (1, 0))
-        runs = (mask & ~before[:, :-1]).sum(1)
-        if concrete(mask) and batch and int(runs.max()) > 1:
+        if concrete(mask) and _has_gaps(mask):
             raise ValueError("attention_mask: expected one run of tokens per row, got a row with gaps")
         start = mask.int().argmax(1) if length else torch.zeros(batch, device=mask.device)
         start = start.to(torch.int64) + torch.arange(batch, device=mask.device) * length
         spans = torch.stack([start, mask.sum(1), torch.zeros_like(start)], 1)
         return cls(batch * length, batch, length, spans)
+
+    @classmethod
+    def gapped(cls, mask: Tensor) -> Sequences:
+        """Rows of which ``mask [B, L]`` is True (or nonzero) on the tokens, wherever these stand.
+
+        Where that would be a synchronisation or break a trace, nobody looks for gaps, and there always is an order.
+
+        Raises:
+            TypeError: a floating mask.
+        """
+        mask = _as_bool(mask)
+        if concrete(mask) and not _has_gaps(mask):
+            return cls.masked(mask)
+        padded = cls.padded(mask.shape[0], mask.shape[1], mask.sum(1))
+        return replace(padded, order=Order.of(mask))
+
+    def in_order(self) -> Sequences:
+        """The same sequences in rows that `Order.take` has put in order."""
+        return replace(self, order=None)
 
     @classmethod
     def packed(cls, tokens: int, cu_seqlens: Tensor, max_length: int | None = None) -> Sequences:
@@ -123,7 +167,7 @@ class Sequences:
             return cls.padded(batch, length, lengths)
         if attention_mask is not None:
             check_shape("attention_mask", attention_mask, (batch, length), "[batch, length]")
-            return cls.masked(attention_mask)
+            return cls.gapped(attention_mask)
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"x: expected shape [1, tokens, embedding] with cu_seqlens, got {list(x.shape)}")
@@ -149,3 +193,18 @@ class Sequences:
         edge = torch.zeros(self.tokens + 1, dtype=torch.int64, device=start.device)
         edge = edge.index_add(0, start, torch.ones_like(start)).index_add(0, start + length, -torch.ones_like(start))
         return edge.cumsum(0)[: self.tokens] > 0
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected shape [batch, length], got {list(mask.shape)}")
+    if mask.is_floating_point():
+        # An additive mask means the opposite: 0 where a token is.
+        raise TypeError(f"attention_mask: expected bool or integers, nonzero at tokens, got {mask.dtype}")
+    return mask.to(torch.bool)
+
+
+def _has_gaps(mask: Tensor) -> bool:
+    """Whether tokens of a row stand apart; reads a value."""
+    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return bool(((mask & ~before).sum(1) > 1).any())

@@ -140,7 +140,7 @@ class LogarithmicMixing(nn.Module):
             lengths: ``[B]`` int32 or int64: rows are right-padded to L.
             cu_seqlens: ``[S+1]`` int32 or int64: ``x [1, L, E]`` packs S documents; states have S rows.
             max_length: with ``cu_seqlens``, an upper bound on a document's length (saves work).
-            attention_mask: ``[B, L]``, nonzero on one run of tokens per row: left or right padding.
+            attention_mask: ``[B, L]``, bool or integers, nonzero at tokens: padding on either side, and gaps.
 
         Returns:
             ``y [B, L, E]``, 0 on padding; with ``return_state``, ``(y, state)``.

@@ -26,6 +26,9 @@ def run(
     """The layer over ``x [B, L, E]``, with what surrounds the mixing, and the state behind its last tokens."""
     if state is not None:
         state = fit(layer, state, sequences.count, sequences.max_position, x.device)
+    order = sequences.order
+    if order is not None:
+        x, sequences = order.take(x), sequences.in_order()
     # Padding is cut off on the way in and on the way out: whatever it holds, NaN included, reaches
     # neither an output nor, multiplied by a zero gradient, a weight.
     padding = None
@@ -35,7 +38,8 @@ def run(
     around = layer.around()
     mixed, new_state = _mix(layer, around.before(x), sequences, road, state, want_state)
     y = around.after(x, mixed)
-    return (y if padding is None else y.masked_fill(padding, 0)), new_state
+    y = y if padding is None else y.masked_fill(padding, 0)
+    return (y if order is None else order.put_back(y)), new_state
 
 
 def _mix(

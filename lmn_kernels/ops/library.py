@@ -34,7 +34,13 @@ NO_WHERE = (None,) * 7
 
 
 def pack(sequences: Sequences, expand: int, backend: str) -> tuple[Any, ...]:
-    """The arguments that `WHERE` names."""
+    """The arguments that `WHERE` names.
+
+    Raises:
+        ValueError: the sequences are those of rows in another order.
+    """
+    if sequences.order is not None:
+        raise ValueError("sequences: expected those of rows in order (order.take, in_order), got ones with an order")
     sizes = sequences.tokens, sequences.count, sequences.max_position, sequences.carried_levels
     return (sequences.spans, *sizes, expand, backend)
 

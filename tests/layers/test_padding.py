@@ -283,8 +283,6 @@ REFUSED = {
     "lengths bool": ({"lengths": torch.tensor([True, True])}, TypeError, r"lengths.*int32 or int64.*bool"),
     "lengths of three rows": ({"lengths": ints(1, 2, 3)}, ValueError, r"lengths.*\[2\].*\[3\]"),
     "lengths a list": ({"lengths": [1, 2]}, TypeError, r"lengths.*tensor.*list"),
-    "mask with gaps": (
-        {"attention_mask": ints(1, 1, 0, 0, 1, 1, 0, 0, 0).repeat(2, 1)}, ValueError, "attention_mask.*one run.*gap"),
     "mask too short": (
         {"attention_mask": ints(1, 1)[:, None].repeat(1, 8)}, ValueError, r"attention_mask.*\[2, 9\].*\[2, 8\]"),
     "mask of one dimension": ({"attention_mask": ints(*[1] * 9)}, ValueError, r"attention_mask.*\[2, 9\].*\[9\]"),
