@@ -1,4 +1,4 @@
-"""What surrounds a call: autocast, torch.func, forward-mode differentiation."""
+"""What surrounds a call: autocast, torch.func, forward-mode differentiation, checkpointing."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def tree_under_autocast(tokens: Tensor, merge: LinearMerge | None) -> tuple[Tens
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, of which the step's operations know nothing."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def recomputes_reentrantly() -> bool:
+    """Whether this is a recomputation of ``checkpoint(use_reentrant=True)``, torch's or one made like it."""
+    # Of an autograd.Function in Python the engine's current node is an object of a class with the function's name.
+    return type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward"

@@ -16,7 +16,7 @@ from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
 from .parameters import Road, may_draw
-from .parts import MixingParts, fit, merge_stacks_of, node_qv_of
+from .parts import MixingParts, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .summarizers import LinearMapSummarizer
 
 
@@ -37,6 +37,8 @@ def run(
         x = x.masked_fill(padding, 0)
     around = layer.around()
     mixed, new_state = _mix(layer, around.before(x), sequences, road, state, want_state)
+    if state is not None or new_state is not None:
+        check_recomputation(state, new_state)
     y = around.after(x, mixed)
     y = y if padding is None else y.masked_fill(padding, 0)
     return (y if order is None else order.put_back(y)), new_state

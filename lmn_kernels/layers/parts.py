@@ -11,7 +11,7 @@ from torch import Tensor
 from python_ref.around import Around
 from python_ref.checks import check_device, check_float, check_shape
 
-from ..backend.transforms import autocasts
+from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
 from .parameters import Road, projects_nodes
 from .projections import SingleVectorAttention
@@ -65,6 +65,24 @@ def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torc
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
     state.check_for(batch, layer.embedding, layer.bank, layer.expand, device)
     return state.with_room(state.max_position + tokens)
+
+
+def check_recomputation(*states: MemoryState | None) -> None:
+    """Whether gradients that flow through states, given or to be returned, reach what they are of.
+
+    A reentrant checkpoint differentiates the tensors among its arguments and results alone, and cuts a state out of the
+    graph without a word.
+
+    Raises:
+        RuntimeError: this is the recomputation of one.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not recomputes_reentrantly():
+        return
+    if any(tensor.requires_grad for state in states if state is not None for tensor in state.slots()):
+        raise RuntimeError(
+            "torch.utils.checkpoint: expected use_reentrant=False around a layer that takes or returns a state, got "
+            "use_reentrant=True, under which no gradient flows through states"
+        )
 
 
 def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:

@@ -20,7 +20,7 @@ from ..ops.library import OPS
 from ..ops.step import check_rows, decode_, keeps
 from ..states.memory import MemoryState
 from .parameters import Road, survey
-from .parts import MixingParts, check_input, fit, merge_stacks_of, node_qv_of
+from .parts import MixingParts, check_input, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .step_plan import StepPlan
 
 
@@ -150,7 +150,9 @@ def advance(layer: MixingParts, x: Tensor, state: MemoryState, road: Road) -> Me
     chain = reference.chain_of(state.position + 1, state.levels)
     project = partial(node_qv_of, layer, road=road)
     new = reference.advance(x, state.slots(), merge_stacks_of(layer), project, layer.expand, chain)
-    return state.advanced(new)
+    after = state.advanced(new)
+    check_recomputation(state, after)
+    return after
 
 
 def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> MemoryState:

@@ -1,0 +1,131 @@
+"""What a backward pass computes again must be what the forward pass computed, or an error says that it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.close import TOLERANCE, assert_close, assert_same_gradients
+from lmn_kernels import ExpanderSummarizerLogarithmicMemory, LogarithmicMemory, LogarithmicMixing, LookAheadMemory
+
+GRADIENT = TOLERANCE[torch.float64][1]
+DOUBLE = {"dtype": torch.float64}
+REFUSED = r"use_reentrant=False.*use_reentrant=True.*states"
+
+
+def random(*shape: int, **more) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, **more)
+
+
+# Reentrant checkpoints differentiate tensors among arguments and results, and cut off states.
+
+
+def chunk(layer, x, state):
+    return layer(x, state=state, return_state=True)
+
+
+def one_step(layer, x, state):
+    return layer.step(x[:, :1], state or layer.init_state(2))
+
+
+def prefill(layer, x, state):
+    return layer.prefill(x)
+
+
+def two_layers(layer, x, state):
+    x, first = layer(x, state=state and state[0], return_state=True)
+    x, second = layer(x, state=state and state[1], return_state=True)
+    return x, (first, second)
+
+
+def in_no_reentrant_one(layer, x, state):
+    return checkpoint(lambda x, state: chunk(layer, x, state), x, state, use_reentrant=False)
+
+
+def as_a_tensor_alone(layer, x, state):
+    y, state = chunk(layer, x, state)
+    return y + state.nodes.sum(), state
+
+
+WAYS = [chunk, one_step, prefill, two_layers, in_no_reentrant_one, as_a_tensor_alone]
+
+
+def gradient(layer, take, reentrant: bool | None) -> Tensor:
+    """Of chunks that hand on a state, from a loss on the last alone."""
+    torch.manual_seed(1)
+    x, state = random(2, 40, 8, requires_grad=True), None
+    for part in x.split(10, 1):
+        if reentrant is None:
+            y, state = take(layer, part, state)
+        else:
+            y, state = checkpoint(lambda x, s: take(layer, x, s), part, state, use_reentrant=reentrant)
+    y.pow(2).sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("take", WAYS)
+@pytest.mark.parametrize("make", [LogarithmicMemory, LogarithmicMixing, ExpanderSummarizerLogarithmicMemory])
+def test_a_state_out_of_a_reentrant_checkpoint_is_refused(make, take):
+    layer = make(8, 2, 2, **DOUBLE)
+    expected = gradient(layer, take, None)
+    assert_close("x", gradient(layer, take, False), expected, GRADIENT)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient(layer, take, True)
+
+
+def test_a_state_into_a_reentrant_checkpoint_is_refused():
+    """One that requires a gradient; another is a constant."""
+    layer, x = LogarithmicMemory(8, 2, 2, **DOUBLE), random(2, 10, 8, requires_grad=True)
+    _, state = layer.prefill(x)
+    y = checkpoint(lambda x: layer(x, state=state), x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        y.sum().backward()
+    found = []
+    for reentrant in (True, False):
+        y = checkpoint(lambda x: layer(x, state=state.detach()), x, use_reentrant=reentrant)
+        x.grad = None
+        y.pow(2).sum().backward()
+        found.append(x.grad)
+    assert_close("x", *found, GRADIENT)
+
+
+def test_a_layers_own_stream_in_a_reentrant_checkpoint_is_refused():
+    layer = LogarithmicMemory(8, 2, 2, parallelize=False, **DOUBLE)
+    y = checkpoint(layer, random(2, 10, 8, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        y.sum().backward()
+
+
+def test_layers_without_states_take_reentrant_checkpoints():
+    layers, x = nn.Sequential(*(LogarithmicMemory(8, 2, 2, **DOUBLE) for _ in range(2))), random(2, 10, 8)
+    found = []
+    for reentrant in (True, False):
+        given = x.clone().requires_grad_()
+        checkpoint(layers, given, use_reentrant=reentrant).pow(2).sum().backward()
+        found.append([given.grad, *(p.grad.clone() for p in layers.parameters())])
+        layers.zero_grad()
+    names = ["x", *(name for name, _ in layers.named_parameters())]
+    assert_same_gradients(names, *found, GRADIENT)
+
+
+def test_look_ahead_memory_takes_both_kinds():
+    """No gradient flows between its segments, so that none can be lost."""
+    model, x = LookAheadMemory(8, 2, 2, memory_length=8, **DOUBLE), random(2, 12, 8)
+    found = []
+    for reentrant in (None, False, True):
+        given, state, loss = x.clone().requires_grad_(), None, 0
+        for part in given.split(4, 1):
+            if reentrant is None:
+                y, state = model(part, state)
+            else:
+                y, state = checkpoint(model, part, state, use_reentrant=reentrant)
+            loss = loss + y.pow(3).sum()
+        loss.backward()
+        found.append([given.grad, *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    names = ["x", *(name for name, _ in model.named_parameters())]
+    assert found[0][0].any()
+    for other in found[1:]:
+        assert_same_gradients(names, other, found[0], GRADIENT)
