@@ -48,7 +48,7 @@ class LogarithmicMixing(nn.Module):
         step_backend: of the sequential form: ``"auto"``, ``"reference"`` or ``"cpp"``; where None the
             reference if ``backend`` is the reference, else ``"auto"``.
         lean: keep only tokens and nodes for backward, and project and attend again there: about half the
-            memory for a fifth to a third more arithmetic.
+            memory for a fifth to a third more arithmetic. What it reads again must not have changed until then.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.

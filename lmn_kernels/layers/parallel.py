@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from python_ref.layout import Layout, level_count
@@ -18,6 +22,9 @@ from ..states.memory import MemoryState
 from .parameters import Road, may_draw
 from .parts import MixingParts, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .summarizers import LinearMapSummarizer
+
+Named = list[tuple[str, Tensor]]
+Version = tuple[str, Tensor, int]
 
 
 def run(
@@ -56,8 +63,7 @@ def _mix(
     else:
         given = layer, flat, nodes, sequences, road
         if layer.lean and torch.is_grad_enabled():
-            draws = may_draw(layer.sva)
-            out, node_qv = checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=draws)
+            out, node_qv = _read_again(*given)
         else:
             out, node_qv = _read(*given)
         y = layer.sva.out_proj(out).view(x.shape)
@@ -94,6 +100,88 @@ def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences,
     node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
     out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=road.expand, backend=layer.backend)
     return out, node_qv
+
+
+def _read_again(
+    layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road
+) -> tuple[Tensor, Tensor]:
+    """`_read`, of which nothing is kept: backward reads again."""
+    given, draws = (layer, flat, nodes, sequences, road), may_draw(layer.sva)
+    read: Callable[..., tuple[Tensor, Tensor]] = _read
+    if not is_compiling():
+        tensors = [*_inner(layer.sva.named_parameters()), ("x", flat), ("the tree", nodes)]
+        if not any(tensor.requires_grad for _, tensor in tensors):
+            return _read(*given)
+        read = _Reading(tensors, _inner(layer.sva.named_buffers()))
+    found: tuple[Tensor, Tensor] = checkpoint(read, *given, use_reentrant=False, preserve_rng_state=draws)
+    return found
+
+
+class _Reading:
+    """`_read` of the same values in backward as in forward, or an error: a checkpoint looks at none of them.
+
+    Args:
+        tensors: what is read, with names. None may have been written to; autograd's own check is of what it saves.
+        buffers: of the modules that read. Those that the forward pass itself updates (spectral_norm's) are, for the
+            time, what they were before.
+    """
+
+    def __init__(self, tensors: Named, buffers: Named):
+        self.tensors = _versions(tensors)
+        self.buffers: list[Version] | None = _versions(buffers)
+        self.before = [tensor.clone() for _, tensor, _ in self.buffers]
+        self.updated: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, *given: Any) -> tuple[Tensor, Tensor]:
+        if self.buffers is not None:
+            found = _read(*given)
+            for buffer, before in zip(self.buffers, self.before, strict=True):
+                if buffer[1]._version == buffer[2]:
+                    self.tensors.append(buffer)
+                else:
+                    self.updated.append((buffer[1], before))
+            self.buffers, self.before = None, []
+            return found
+        for name, tensor, version in self.tensors:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{name} {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead "
+                    "(lean=True reads it again in the backward pass)"
+                )
+        self._check_same(*given)
+        now = [buffer.clone() for buffer, _ in self.updated]
+        try:
+            _write(self.updated)
+            return _read(*given)
+        finally:  # a checkpoint leaves as soon as it has all that it needs
+            _write([(buffer, value) for (buffer, _), value in zip(self.updated, now, strict=True)])
+
+    def _check_same(self, layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> None:
+        """Plain parameters are those of the forward pass; of modules that are called, wrappers may come and go."""
+        then = {name: tensor for name, tensor, _ in self.tensors}
+        for name, parameter in _inner(layer.sva.named_parameters()) if road.joins else ():
+            if then.get(name, parameter) is not parameter:
+                raise RuntimeError(
+                    f"lean=True: expected {name} of the forward pass, which backward reads again, got another tensor; "
+                    "a parameter that is exchanged in between, by torch.func.functional_call too, needs lean=False"
+                )
+
+
+def _inner(named: Iterable[tuple[str, Tensor]]) -> Named:
+    """Of what the attention has that which `_read` reads."""
+    return [(f"sva.{name}", tensor) for name, tensor in named if not name.startswith("out_proj.")]
+
+
+def _versions(tensors: Named) -> list[Version]:
+    """How often each was written to; one of inference mode does not know, and autograd refuses to keep it."""
+    return [(name, tensor, tensor._version) for name, tensor in tensors if not tensor.is_inference()]
+
+
+@torch.no_grad()
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in pairs:
+        buffer.copy_(value)
 
 
 def tree_of(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
@@ -129,3 +131,128 @@ def test_look_ahead_memory_takes_both_kinds():
     assert found[0][0].any()
     for other in found[1:]:
         assert_same_gradients(names, other, found[0], GRADIENT)
+
+
+# lean=True reads weights, tokens and nodes again.
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter as others write it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(random(2, base.in_features))
+        self.up = nn.Parameter(random(base.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def plain(layer):
+    pass
+
+
+def adapted(layer):
+    layer.sva.q = Adapted(layer.sva.q)
+
+
+def weight_norm(layer):
+    parametrizations.weight_norm(layer.sva.v)
+
+
+def spectral_norm(layer):
+    for name in ("k", "out_proj"):
+        parametrizations.spectral_norm(getattr(layer.sva, name))
+
+
+def hooked(layer):
+    layer.sva.q.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+KINDS = [plain, adapted, weight_norm, spectral_norm, hooked]
+
+
+def made(kind, lean: bool = True) -> LogarithmicMixing:
+    torch.manual_seed(0)
+    layer = LogarithmicMixing(8, 2, 2, lean=lean, **DOUBLE)
+    kind(layer)
+    return layer
+
+
+READ = [(kind, name) for kind in KINDS for name, _ in made(kind).sva.named_parameters() if "out_proj" not in name]
+
+
+@pytest.mark.parametrize(("kind", "name"), READ, ids=lambda value: getattr(value, "__name__", value))
+def test_a_weight_that_has_changed_is_named(kind, name):
+    layer, x = made(kind), random(2, 9, 8)
+    loss = layer(x).sum()
+    with torch.no_grad():
+        layer.sva.get_parameter(name).mul_(2)
+    said = rf"has been modified by an inplace operation: sva\.{name}.*version.*expected version.*lean=True"
+    with pytest.raises(RuntimeError, match=said):
+        loss.backward()
+
+
+def test_an_input_that_has_changed_is_named():
+    layer, leaf = made(plain), random(2, 9, 8, requires_grad=True)
+    x = leaf + 0
+    loss = layer(x, lengths=None).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["functional_call", "assign", "module"])
+def test_another_weight_in_its_place_is_named(how):
+    """Which would be read in backward, in the place of that of the forward pass."""
+    layer, x = made(plain), random(2, 9, 8)
+    other = {name: parameter.detach() * 2 for name, parameter in layer.named_parameters()}
+    if how == "functional_call":
+        loss = functional_call(layer, {n: p.requires_grad_() for n, p in other.items()}, (x,)).sum()
+    else:
+        loss = layer(x).sum()
+    if how == "assign":
+        layer.load_state_dict(other, assign=True)
+    if how == "module":
+        layer.sva.q = nn.Linear(8, 8, **DOUBLE)
+    with pytest.raises(RuntimeError, match=r"lean=True: expected sva\.q\.weight of the forward pass.*lean=False"):
+        loss.backward()
+
+
+def test_a_step_of_an_optimizer_between_the_passes_is_refused():
+    layer = LogarithmicMemory(8, 2, 2, lean=True, **DOUBLE)
+    losses = [layer(random(2, 9, 8)).sum() for _ in range(2)]
+    losses[0].backward()
+    torch.optim.AdamW(layer.sva.q.parameters()).step()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: sva\.q\.weight"):
+        losses[1].backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_changed_is_no_error(kind):
+    """Two forward passes, then both backward ones; modules whose forward updates a buffer included."""
+    found = []
+    for lean in (False, True):
+        layer = made(kind, lean)
+        layer.requires_grad_(True).sva.v.requires_grad_(False)
+        losses = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            losses.append(layer(random(2, 9, 8)).pow(2).sum())
+        for loss in losses:
+            loss.backward()
+        found.append({n: p.grad for n, p in layer.named_parameters() if p.grad is not None})
+    assert_same_gradients(list(found[0]), list(found[1].values()), list(found[0].values()), GRADIENT)
+
+
+def test_inference_mode_keeps_no_versions():
+    with torch.inference_mode():
+        layer, x = made(plain), random(2, 9, 8)
+        y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    layer = made(plain)
+    with torch.inference_mode():
+        x = random(2, 9, 8)
+    assert layer.requires_grad_(False)(x).shape == x.shape
