@@ -83,6 +83,20 @@ class _Block:
         rows = table.index_select(0, self.key + part * self.heads)
         return rows.view(self.valid.shape[0], -1, table.shape[1]).to(self.dtype)
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of tokens ``[G·H, width, d]`` over rows of ``nodes``, and the log-sum-exp of their scores.
+
+        Returns:
+            ``[G·H·width, d]`` and ``[G·H·width]``, which belong to the rows ``target``.
+        """
+        k = k * k.shape[-1] ** -0.5
+        score = self.scores((q * k).sum(-1, keepdim=True), self.keys(nodes, 0), k)
+        top = score.detach().amax(-1, keepdim=True)
+        weight = (score - top).exp()
+        total = weight.sum(-1, keepdim=True)
+        mixed = torch.bmm(weight[..., 1:], self.keys(nodes, 1)) + weight[..., :1] * v
+        return (mixed / total).flatten(0, 1), (top + total.log()).flatten()
+
     def add_to_keys(self, table: Tensor, part: int, value: Tensor) -> None:
         table.index_add_(0, self.key + part * self.heads, value.flatten(0, 1))
 
@@ -123,15 +137,29 @@ def attend(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tu
     lse = torch.zeros((tokens + 1) * heads, dtype=wide, device=token_qkv.device)
     for block in _blocks(token_qkv, node_qv, heads, layout, wide):
         q, k, v = (block.tokens(token_table, part, 3) for part in range(3))
-        k = k * head_size**-0.5
-        score = block.scores((q * k).sum(-1, keepdim=True), block.keys(node_table, 0), k)
-        top = score.detach().amax(-1, keepdim=True)
-        weight = (score - top).exp()
-        total = weight.sum(-1, keepdim=True)
-        mixed = torch.bmm(weight[..., 1:], block.keys(node_table, 1)) + weight[..., :1] * v
-        out.index_copy_(0, block.target, (mixed / total).to(out.dtype).flatten(0, 1))
-        lse.index_copy_(0, block.target, (top + total.log()).flatten())
+        mixed, total = block.mix(q, k, v, node_table)
+        out.index_copy_(0, block.target, mixed.to(out.dtype))
+        lse.index_copy_(0, block.target, total)
     return out[: tokens * heads].view(tokens, size), lse[: tokens * heads].view(tokens, heads)
+
+
+def attend_with(token_qkv: Tensor, node_qv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """`attend` by plain autograd, any number of times, and under the transforms of torch.func: nothing in place."""
+    tokens, size = token_qkv.shape[0], token_qkv.shape[1] // 3
+    token_table, node_table = (table.reshape(-1, size // heads) for table in (token_qkv, node_qv))
+    wide = compute_dtype(token_qkv.dtype)
+    targets, outs, totals = [], [token_table[:0].to(wide)], [token_table[:0, 0].to(wide)]
+    for block in _blocks(token_qkv, node_qv, heads, layout, wide):
+        q, k, v = (torch.where(block.valid, block.tokens(token_table, part, 3), 0) for part in range(3))
+        mixed, total = block.mix(q, k, v, node_table)
+        targets.append(block.target)
+        outs.append(mixed)
+        totals.append(total)
+    places, places_of = (tokens + 1) * heads, torch.cat(targets) if targets else layout.tables()[0][:0]
+    out = outs[0].new_zeros(places, size // heads).index_copy(0, places_of, torch.cat(outs))
+    lse = outs[0].new_zeros(places).index_copy(0, places_of, torch.cat(totals).detach())
+    out, lse = out[: tokens * heads].reshape(tokens, size), lse[: tokens * heads].reshape(tokens, heads)
+    return out.to(token_qkv.dtype), lse
 
 
 def attend_backward(

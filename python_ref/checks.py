@@ -12,7 +12,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def concrete(tensor: Tensor) -> bool:
     """Whether reading a value costs no device synchronisation and breaks no trace."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    # torch.vmap's have one for every sample, and look like any other.
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -339,7 +339,12 @@ def _stack_entries(levels: Iterable[int], expand: int, device: torch.device) -> 
 
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """An int64 tensor of Python integers; kept on a GPU, where every such copy would wait for the device."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    # What is made under a transform of torch.func belongs to it.
+    if (
+        device.type != "cuda"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return torch.tensor(values, dtype=torch.int64, device=device)
     return _constant(values, device)
 

@@ -67,9 +67,22 @@ def _blocks(q: Tensor, kv: Tensor, tokens: int, window: int) -> Iterator[_Block]
 
 
 class _Operands:
-    """q, k, v and the table by head, in the dtype of the computation."""
+    """q, k, v and the table by head, in the dtype of the computation.
 
-    def __init__(self, q: Tensor, kv: Tensor, bias: Tensor, table: Tensor, start: Tensor | None, future_row: int):
+    ``copies``: whether to leave strided views and writing in place to those who need not be transformed.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        bias: Tensor,
+        table: Tensor,
+        start: Tensor | None,
+        future_row: int,
+        copies: bool = False,
+    ):
+        self.copies = copies
         self.dtype = compute_dtype(q.dtype)
         self.first_row = kv.shape[1] - q.shape[1]
         self.batch, self.heads, self.scale = q.shape[0], q.shape[2], q.shape[3] ** -0.5
@@ -114,7 +127,8 @@ class _Operands:
     def scores(self, block: _Block, content: Tensor, position: Tensor) -> Tensor:
         """``[H·B, b, n]``, -inf where a query does not see a key."""
         band = torch.matmul(position, self.table(block).transpose(1, 2))
-        by_distance = _pairs(band.view(content.shape[0], content.shape[1], band.shape[2]), block, block.low)
+        band = band.reshape(content.shape[0], content.shape[1], band.shape[2])
+        by_distance = (_copied_pairs if self.copies else _pairs)(band, block, block.low)
         score = torch.baddbmm(by_distance, content, self.keys(block).transpose(1, 2))
         i = torch.arange(block.i0, block.i1, device=score.device)[:, None]
         if block.looks_ahead:
@@ -128,7 +142,9 @@ class _Operands:
             if self.start is not None:
                 j = torch.arange(block.j0, block.j1, device=score.device)
                 gone = (j < self.start[:, None])[None, :, None]
-                score.view(self.heads, self.batch, *score.shape[1:]).masked_fill_(gone, -torch.inf)
+                by_stream = score.unflatten(0, (self.heads, self.batch))
+                by_stream = (by_stream.masked_fill if self.copies else by_stream.masked_fill_)(gone, -torch.inf)
+                score = by_stream.flatten(0, 1)
         return score
 
 
@@ -139,10 +155,23 @@ def _pairs(band: Tensor, block: _Block, low: int) -> Tensor:
     query on, each key is one distance nearer or farther, so a row is one column shorter than the band's. Where a pair
     has no distance, the view shows another pair's; it is hidden in any case.
     """
-    first = block.j0 - block.i0 - low if block.looks_ahead else block.high - block.i0 + block.j0
+    first = _first_column(block, low)
     count, rows, width = band.shape
     shape, strides = (count, rows, block.j1 - block.j0), (rows * width, width - 1, 1)
     return band.as_strided(shape, strides, band.storage_offset() + first)
+
+
+def _first_column(block: _Block, low: int) -> int:
+    """The column of a band at which the first query's first key stands."""
+    return block.j0 - block.i0 - low if block.looks_ahead else block.high - block.i0 + block.j0
+
+
+def _copied_pairs(band: Tensor, block: _Block, low: int) -> Tensor:
+    """`_pairs` of a band of its own width, as a copy that any transform takes: of a column more, rows of one less."""
+    first, (_, rows, width) = _first_column(block, low), band.shape
+    flat = torch.nn.functional.pad(band, (0, 1)).flatten(1)[:, first : first + rows * width]
+    pairs: Tensor = flat.unflatten(1, (rows, width))[..., : block.j1 - block.j0]
+    return pairs
 
 
 def attend(
@@ -178,19 +207,36 @@ def attend(
     for some in _streams(q, kv):
         begin, seed, seed_lse = (None if x is None else x[some] for x in (start, output, lse))
         operands = _Operands(q[some], kv[some], bias, table, begin, future_row)
-        _attend(operands, seed, seed_lse, _blocks(q[some], kv[some], tokens, window), out[some], total[some])
+        for rows, mixed, size in _attended(operands, seed, seed_lse, _blocks(q[some], kv[some], tokens, window)):
+            out[some, rows] = mixed.to(out.dtype)
+            total[some, rows] = size
     return out, total
 
 
-def _attend(
-    operands: _Operands,
+def attend_with(
+    q: Tensor,
+    kv: Tensor,
+    bias: Tensor,
+    table: Tensor,
     output: Tensor | None,
     lse: Tensor | None,
-    blocks: Iterable[_Block],
-    out: Tensor,
-    total: Tensor,
-) -> None:
-    """Write the results of some streams."""
+    start: Tensor | None,
+    tokens: int,
+    window: int,
+    future_row: int,
+) -> tuple[Tensor, Tensor]:
+    """`attend` by plain autograd, any number of times, and under the transforms of torch.func: nothing in place."""
+    operands = _Operands(q, kv, bias, table, start, future_row, copies=True)
+    found = list(_attended(operands, output, lse, _blocks(q, kv, tokens, window)))  # by rising rows
+    if not found:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=compute_dtype(q.dtype))
+    return torch.cat([mixed for _, mixed, _ in found], 1).to(q.dtype), torch.cat([size for _, _, size in found], 1)
+
+
+def _attended(
+    operands: _Operands, output: Tensor | None, lse: Tensor | None, blocks: Iterable[_Block]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each block its rows, their results ``[B, b, H, D]`` and their log-sum-exp ``[B, b, H]``."""
     for block in blocks:
         rows = slice(block.i0 - operands.first_row, block.i1 - operands.first_row)
         score = operands.scores(block, *operands.queries(block))
@@ -206,8 +252,7 @@ def _attend(
             share = (seed - top).exp()
             size = size + share
             mixed = mixed + share * operands.by_head(output[:, rows]).flatten(0, 1)
-        out[:, rows] = _by_batch(mixed / size, operands).to(out.dtype)
-        total[:, rows] = _by_batch(top + size.log(), operands)[..., 0]
+        yield rows, _by_batch(mixed / size, operands), _by_batch(top + size.log(), operands)[..., 0]
 
 
 def _by_batch(x: Tensor, operands: _Operands) -> Tensor:

@@ -175,6 +175,31 @@ def resolve(
     return "reference"
 
 
+def under_torch_func() -> bool:
+    """Whether a transform of torch.func is at work: its tensors look like any other, and belong to it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler; transforms are guarded in any case.
+under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def functional(backend: str, operation: str) -> bool:
+    """Whether a transform of torch.func is at work, which knows nothing of operations: the reference's plain functions.
+
+    Raises:
+        BackendError: another backend was asked for by name.
+    """
+    if not under_torch_func():
+        return False
+    asked = wanted(backend, operation)
+    if asked not in ("auto", "reference"):
+        raise BackendError(
+            f"backend={asked!r} cannot serve {operation} under torch.func (grad, vmap, …): use backend='reference'"
+        )
+    return True
+
+
 def choose(
     asked: str, operation: str, device: torch.device, dtype: torch.dtype, head_size: int = 1
 ) -> tuple[str, str | None]:

@@ -8,6 +8,8 @@ from torch.autograd import forward_ad
 
 from python_ref.tree import LinearMerge
 
+from .choice import under_torch_func
+
 
 def autocasts(device_type: str) -> bool:
     """Whether a ``torch.autocast`` region is active for a type of device; some (meta) have none."""
@@ -33,7 +35,7 @@ def tree_under_autocast(tokens: Tensor, merge: LinearMerge | None) -> tuple[Tens
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, of which the step's operations know nothing."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or under_torch_func()
 
 
 def recomputes_reentrantly() -> bool:

@@ -15,7 +15,7 @@ from python_ref.sequences import Sequences
 from python_ref.tree import build_tree_with
 
 from ..backend.choice import BackendError, wanted
-from ..backend.transforms import tree_under_autocast
+from ..backend.transforms import transformed, tree_under_autocast
 from ..ops.attention import attend
 from ..ops.tree import build_tree
 from ..states.memory import MemoryState
@@ -62,7 +62,7 @@ def _mix(
         node_qv = node_qv_of(layer, nodes, road) if want_state else nodes
     else:
         given = layer, flat, nodes, sequences, road
-        if layer.lean and torch.is_grad_enabled():
+        if layer.lean and torch.is_grad_enabled() and not transformed():  # torch.func takes no checkpoint
             out, node_qv = _read_again(*given)
         else:
             out, node_qv = _read(*given)

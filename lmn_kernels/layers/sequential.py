@@ -126,7 +126,7 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road, oblige
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *parameters)):
         reasons.append("gradients are recorded")
     if not is_compiling() and transformed():
-        reasons.append("torch.func or forward-mode differentiation is active")
+        reasons.append("torch.func or forward-mode differentiation is active (use step_backend='reference')")
     if autocasts(device.type):
         reasons.append("torch.autocast is active")
     if not road.merges:

@@ -9,10 +9,10 @@ from torch import Tensor
 from python_ref import attention as reference
 from python_ref.checks import check_device, check_float, check_no_tangent, check_positive, check_shape
 from python_ref.layout import Layout, node_rows
-from python_ref.precision import compute_dtype
+from python_ref.precision import compute_dtype, no_autocast
 from python_ref.sequences import Sequences
 
-from ..backend.choice import declare, resolve
+from ..backend.choice import declare, functional, resolve
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -54,6 +54,10 @@ def attend(
     check_shape("node_qv", node_qv, (None, rows, 2 * size), "[bank, rows, 2·embedding]")
     check_no_tangent("token_qkv", token_qkv)
     check_no_tangent("node_qv", node_qv)
+    if functional(backend, "attend"):
+        layout = Where(pack(sequences, expand, "reference")).layout(token_qkv.device)
+        with no_autocast(token_qkv.device):
+            return reference.attend_with(token_qkv, node_qv, heads, layout)
     served = resolve(backend, "attend", token_qkv.device, token_qkv.dtype, size // heads)
     out, lse = OPS.attend(token_qkv, node_qv, heads, *pack(sequences, expand, served))
     return out, lse
@@ -111,7 +115,7 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
     def forward(given: list[Any]) -> Tensor:
         tokens, nodes = given
-        return reference.attend(tokens, nodes, ctx.heads, layout)[0]
+        return reference.attend_with(tokens, nodes, ctx.heads, layout)[0]
 
     found = second_derivative("attend", where.backend, forward, [token_qkv, node_qv], grad, list(grad_grads))
     # out and lse are functions of the other inputs, and were treated as such.

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from python_ref import look_ahead as reference
 from python_ref.checks import check_device, check_float, check_ids, check_no_tangent, check_positive, check_shape
-from python_ref.precision import compute_dtype
+from python_ref.precision import compute_dtype, no_autocast
 
-from ..backend.choice import declare, resolve
+from ..backend.choice import declare, functional, resolve
 from .library import OPS, launcher, register, second_derivative
 
 
@@ -105,6 +105,9 @@ def look_ahead_attend(
     for name, value in (("q", q), ("kv", kv), ("bias", bias), ("table", table), ("output", output), ("lse", lse)):
         if value is not None:
             check_no_tangent(name, value)
+    if functional(backend, "look_ahead_attend"):
+        with no_autocast(q.device):
+            return reference.attend_with(q, kv, bias, table, output, lse, start, tokens, window, future_row)
     served = resolve(backend, "look_ahead_attend", q.device, q.dtype, size)
     out, total = OPS.look_ahead_attend(q, kv, bias, table, output, lse, start, tokens, window, future_row, served)
     return out, total
@@ -177,7 +180,7 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
     def forward(given: list[Any]) -> Tensor:
         q, kv, bias, table = given
-        return joined(*reference.attend(q, kv, bias, table, output, lse, start, *place))
+        return joined(*reference.attend_with(q, kv, bias, table, output, lse, start, *place))
 
     given, seed = [q, kv, bias, table], joined(grad, grad_lse)
     to_seed, *found = second_derivative("look_ahead_attend", backend, forward, given, seed, list(grad_grads))

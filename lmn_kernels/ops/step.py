@@ -13,7 +13,7 @@ from python_ref.checks import check_device, check_float, check_ids, check_shape,
 from python_ref.step import StepWeights, Weights
 
 from ..backend import env
-from ..backend.choice import declare, resolve, wanted
+from ..backend.choice import declare, functional, resolve, wanted
 from ..states.memory import MemoryState
 from .library import OPS, register
 
@@ -76,7 +76,7 @@ def _run(name: str, x: Tensor, state: MemoryState, weights: StepWeights, slots: 
         check_device("slots", slots, x.device)
     asked = wanted(backend, "step")
     unfit = asked == "auto" and not keeps(x.device.type, x.dtype, state.token.dtype)
-    if unfit or resolve(backend, "step", x.device, x.dtype) == "reference":
+    if unfit or functional(backend, "step") or resolve(backend, "step", x.device, x.dtype) == "reference":
         _check(x, state, weights, slots)
         run = _REFERENCE[name]
     else:

@@ -9,10 +9,11 @@ from torch import Tensor
 from python_ref import tree as reference
 from python_ref.checks import check_device, check_float, check_no_tangent, check_shape
 from python_ref.layout import Layout, node_rows, state_rows
+from python_ref.precision import no_autocast
 from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
-from ..backend.choice import declare, resolve
+from ..backend.choice import declare, functional, resolve
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -48,6 +49,10 @@ def build_tree(
         BackendError: the named backend cannot serve the call.
     """
     _check(x, merge, sequences, token, carried)
+    if functional(backend, "build_tree"):
+        plain = Where(pack(sequences, merge.weight.shape[1] - 1, "reference"))
+        with no_autocast(x.device):
+            return _by_autograd(x, merge, token, carried, plain)
     where = pack(sequences, merge.weight.shape[1] - 1, resolve(backend, "build_tree", x.device, x.dtype))
     nodes: Tensor = OPS.build_tree(x, *merge, token, carried, *where)
     return nodes
@@ -112,6 +117,15 @@ def _run(
     return nodes
 
 
+def _by_autograd(x: Tensor, merge: LinearMerge, token: Tensor | None, carried: Tensor | None, where: Where) -> Tensor:
+    """The reference's tree by plain functions alone, for second derivatives and the transforms of torch.func."""
+
+    def merged(left: Tensor, right: Tensor) -> Tensor:
+        return reference.merge_stacks(merge, left, right)
+
+    return reference.build_tree_with(merged, x, _bank(x, merge.weight), token, carried, where.layout(x.device))
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, token: Any, carried: Any, *packed: Any) -> Tensor:
     where = Where(packed)
     return x.new_empty(_bank(x, weight), node_rows(where.sequences, where.expand), x.shape[1])
@@ -159,14 +173,10 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, x, *tree, spans = ctx.saved_tensors
     where = Where((spans, *ctx.sizes))
-    layout = where.layout(x.device)
 
     def forward(given: list[Any]) -> Tensor:
         x, weight, bias, scale, token, carried = given
-        merge = LinearMerge(weight, bias, scale)
-        return reference.build_tree_with(
-            lambda left, right: reference.merge_stacks(merge, left, right), x, _bank(x, weight), token, carried, layout
-        )
+        return _by_autograd(x, LinearMerge(weight, bias, scale), token, carried, where)
 
     found = second_derivative("build_tree", where.backend, forward, [x, *tree], grad, list(grad_grads))
     grad, to_x, *to_tree = found
