@@ -50,9 +50,22 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def hooked_everywhere() -> bool:
-    """Whether a hook waits for every module that is called."""
-    forward = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-    return bool(forward or every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
+    """Whether a hook waits for every module that is called, and may change something."""
+    module = every_module
+    forward, backward = module._global_forward_hooks, module._global_backward_hooks
+    before, before_backward = module._global_forward_pre_hooks, module._global_backward_pre_hooks
+    if not (forward or backward or before or before_backward):
+        return False
+    hooks = (hook for every in (forward, backward, before, before_backward) for hook in every.values())
+    return not all(_only_watches(hook) for hook in hooks)
+
+
+def _only_watches(hook: Any) -> bool:
+    """Whether a hook is one by which a counter of torch's knows its module, and must not change what it counts."""
+    return type(getattr(hook, "__self__", None)).__module__ in _TRACKERS
+
+
+_TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 
 
 def expand_of(layer: Any) -> int:

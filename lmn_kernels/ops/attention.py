@@ -13,6 +13,7 @@ from python_ref.precision import compute_dtype, no_autocast
 from python_ref.sequences import Sequences
 
 from ..backend.choice import declare, functional, resolve
+from .flops import visible_slots
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -122,6 +123,18 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     return (*found, None, None, None, *NO_WHERE)
 
 
+def _flops(token_qkv: Any, node_qv: Any, heads: int, *packed: Any, products: int = 2, **_: Any) -> int:
+    """Of E features each: for a slot its score and its share of the mix."""
+    where = Where(packed)
+    count: int = 2 * products * (token_qkv[1] // 3) * visible_slots(where.sequences, node_qv[0], where.expand)
+    return count
+
+
+def _backward_flops(grad: Any, token_qkv: Any, node_qv: Any, out: Any, lse: Any, *rest: Any, **_: Any) -> int:
+    """The scores again, the gradient of a weight, and those of q, k and v."""
+    return _flops(token_qkv, node_qv, *rest, products=5)
+
+
 declare("attend", "triton", widest=(256, 128))
 register(
     f"attend(Tensor token_qkv, Tensor node_qv, int heads, {WHERE}) -> (Tensor, Tensor)",
@@ -130,6 +143,7 @@ register(
     _gradient,
     _save,
     "attention",
+    flops=_flops,
 )
 register(
     f"attend_backward(Tensor grad, Tensor token_qkv, Tensor node_qv, Tensor out, Tensor lse, int heads, {WHERE}) "
@@ -139,4 +153,5 @@ register(
     _second_gradient,
     _save_backward,
     "attention",
+    flops=_backward_flops,
 )

@@ -21,6 +21,8 @@ from python_ref.layout import Layout, make_layout
 from python_ref.precision import no_autocast
 from python_ref.sequences import Sequences
 
+from .flops import Formula, count_with
+
 _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
 
 OPS = torch.ops.lmn_kernels
@@ -64,6 +66,8 @@ def register(
     gradient: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     module: str | None = None,
+    *,
+    flops: Formula,
 ) -> Callable[..., Any]:
     """Declare an operation, and the reference or a launcher as its implementation on every device.
 
@@ -75,6 +79,7 @@ def register(
         fake: results of the right shape and dtype.
         gradient, save: those of `torch.library.register_autograd`; an operation without them has no gradient.
         module: where each backend computes a batch of sequences: see `launcher`.
+        flops: how much arithmetic it is: see `ops.flops`.
 
     Returns:
         The implementation, also where the extension takes its place.
@@ -97,6 +102,7 @@ def register(
     torch.library.register_fake(f"lmn_kernels::{name}", fake, lib=_LIBRARY)
     if gradient is not None:
         torch.library.register_autograd(f"lmn_kernels::{name}", gradient, setup_context=save, lib=_LIBRARY)
+    count_with(name, flops)
     return run
 
 

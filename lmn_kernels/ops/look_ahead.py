@@ -192,7 +192,31 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     return (*to_grad, *found, None, None, *_NO_SEEDS, *_NO_REACH)
 
 
-register(f"look_ahead_attend({_OPERANDS}, {_SEEDS}, {_REACH}) -> (Tensor, Tensor)", _run, _fake, _gradient, _save)
+def _flops(q: Any, kv: Any, *rest: Any, products: int = 3, **_: Any) -> int:
+    """Of D features each: for a pair its score by content and by distance, and its share of the mix."""
+    tokens, window = rest[5:7]
+    (batch, rows, heads, size), keys = q, kv[1]
+    memory, looks_back = rows - tokens, tokens * (keys - tokens) + tokens * (tokens + 1) // 2
+    near = min(memory, window)  # the last rows of the memory see as many keys as there are behind them, to the first
+    looks_ahead = near * (near + 1) // 2 + (memory - near) * window
+    count: int = 2 * products * batch * heads * size * (looks_back + looks_ahead)
+    return count
+
+
+def _backward_flops(grad: Any, grad_lse: Any, q: Any, kv: Any, bias: Any, table: Any, *rest: Any, **_: Any) -> int:
+    """The scores again, the gradient of a weight, and those of v, of k, of the table, and twice of q."""
+    _, _, output, lse, *reach = rest
+    return _flops(q, kv, bias, table, output, lse, *reach, products=8)
+
+
+register(
+    f"look_ahead_attend({_OPERANDS}, {_SEEDS}, {_REACH}) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _gradient,
+    _save,
+    flops=_flops,
+)
 declare("look_ahead_attend", "triton", widest=(128, 64))
 register(
     f"look_ahead_attend_backward(Tensor grad, Tensor grad_lse, {_OPERANDS}, Tensor out, Tensor total, {_SEEDS}, "
@@ -201,4 +225,5 @@ register(
     _fake_backward,
     _second_gradient,
     _save_backward,
+    flops=_backward_flops,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from python_ref import step as reference
 from python_ref.checks import check_device, check_float, check_ids, check_shape, check_tensor, concrete
+from python_ref.layout import stack_height
 from python_ref.step import StepWeights, Weights
 
 from ..backend import env
@@ -215,16 +217,51 @@ def _step(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return (_decode(x, None, *state, *given[_PARTS:]), *state)
 
 
+def _update_flops(x: Any, slots: Any, *given: Any, **_: Any) -> int:
+    """Of tokens that complete a node of every level: each merged, and projected to q and v."""
+    (batch, tokens, size), state, weights = x, reference.Slots(*given[:_PARTS]), StepWeights(*given[_PARTS:])
+    named, (_, rows, bank, _), expand = weights.named(), state.nodes, weights.expand
+    flops, base, level = 0, 0, 1
+    while base < rows:
+        below, height = (stack_height(i, expand) for i in (level - 1, level))
+        taps = 0 if named.expander is None else math.prod(named.expander.weight)
+        flops += 2 * height * math.prod(named.summarizer.weight) + 2 * 2 * below * bank * taps
+        base, level = base + height, level + 1
+    count: int = batch * tokens * (flops + 2 * 2 * rows * bank * size**2)
+    return count
+
+
+def _decode_flops(x: Any, slots: Any, *given: Any, **_: Any) -> int:
+    """`_update_flops`, the token's projections, attention over all slots, and a block's feed-forward."""
+    (batch, tokens, size), (_, rows, bank, _), block = x, given[2], given[_PARTS + 4]
+    token = 2 * 4 * size**2 + 4 * size * (1 + rows * bank) + 2 * sum(map(math.prod, block[2::2]))
+    count: int = batch * tokens * token + _update_flops(x, slots, *given)
+    return count
+
+
+def _step_flops(x: Any, *given: Any, **_: Any) -> int:
+    return _decode_flops(x, None, *given)
+
+
 declare("step", "cpp")
 # By name, also where the extension has taken the reference's place.
 _REFERENCE = {
-    "update_": register(f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> ()", _update, lambda x, *_: None),
+    "update_": register(
+        f"update_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> ()",
+        _update,
+        lambda x, *_: None,
+        flops=_update_flops,
+    ),
     "decode_": register(
-        f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> Tensor", _decode, lambda x, *_: x.new_empty(x.shape)
+        f"decode_(Tensor x, Tensor? slots, {_SLOTS}, {_WEIGHTS}) -> Tensor",
+        _decode,
+        lambda x, *_: x.new_empty(x.shape),
+        flops=_decode_flops,
     ),
 }
 register(
     f"step(Tensor x, {_STATE}, {_WEIGHTS}) -> ({', '.join(['Tensor'] * (1 + _PARTS))})",
     _step,
     lambda *given: tuple(part.new_empty(part.shape) for part in given[: 1 + _PARTS]),
+    flops=_step_flops,
 )

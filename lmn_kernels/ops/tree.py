@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 from torch import Tensor
 
 from python_ref import tree as reference
 from python_ref.checks import check_device, check_float, check_no_tangent, check_shape
-from python_ref.layout import Layout, node_rows, state_rows
+from python_ref.layout import Layout, node_rows, stack_height, state_rows
 from python_ref.precision import no_autocast
 from python_ref.sequences import Sequences
 from python_ref.tree import LinearMerge
 
 from ..backend.choice import declare, functional, resolve
+from .flops import nodes
 from .library import NO_WHERE, OPS, WHERE, Where, pack, register, second_derivative
 
 
@@ -184,7 +187,19 @@ def _second_gradient(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     return (grad, to_x, None, *to_tree, *NO_WHERE)
 
 
-register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save, "tree")
+def _flops(x: Any, weight: Any, bias: Any, scale: Any, token: Any, carried: Any, *packed: Any, **_: Any) -> int:
+    where = Where(packed)
+    heights = (stack_height(below, where.expand) for below, _ in enumerate(nodes(where.sequences)))
+    count: int = 2 * math.prod(weight) * sum(map(operator.mul, nodes(where.sequences), heights))
+    return count
+
+
+def _backward_flops(grad: Any, x: Any, nodes: Any, *rest: Any, **_: Any) -> int:
+    """The gradients of both factors of every product."""
+    return 2 * _flops(x, *rest)
+
+
+register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save, "tree", flops=_flops)
 declare("build_tree", "triton")
 register(
     f"build_tree_backward(Tensor grad, Tensor x, Tensor nodes, {_TREE}, {WHERE}) "
@@ -194,4 +209,5 @@ register(
     _second_gradient,
     _save_backward,
     "tree",
+    flops=_backward_flops,
 )
