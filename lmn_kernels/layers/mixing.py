@@ -22,7 +22,7 @@ from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
 from .parameters import expand_of, survey
-from .parts import check_input
+from .parts import check_input, check_own_memory
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -150,6 +150,8 @@ class LogarithmicMixing(nn.Module):
             RuntimeError: the state is exhausted.
         """
         streams = not self.parallelize and state is None and not return_state
+        if streams:
+            check_own_memory()
         whole = lengths is None and cu_seqlens is None and max_length is None and attention_mask is None
         if whole and (streams or state is not None) and isinstance(x, Tensor) and x.shape[1:2] == (1,):
             before = self._before(x) if state is None else state
@@ -283,6 +285,7 @@ class LogarithmicMixing(nn.Module):
 
     def sequential(self, x_t: Tensor) -> Tensor:
         """Take one token ``x_t [B, 1, E]`` into the layer's own memory and return its slots ``[B, 1, S, E]``."""
+        check_own_memory()
         slots, self._stream = original.take(self, x_t, self._stream)
         return slots
 

@@ -85,6 +85,20 @@ def check_recomputation(*states: MemoryState | None) -> None:
         )
 
 
+def check_own_memory() -> None:
+    """Whether a memory that a layer keeps may move on: a recomputation would take the tokens a second time.
+
+    Raises:
+        RuntimeError: gradients are recorded within a backward pass.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch._C._current_autograd_node() is not None:
+            raise RuntimeError(
+                "torch.utils.checkpoint: expected a layer with parallelize=True, or one that is given its state, got "
+                "one that keeps its own memory, which the recomputation would move on again"
+            )
+
+
 def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
     """The layer's own merge: stacks ``[P, h, m, E]`` of two nodes → the stack ``[P, h+k, m, E]`` of their summary."""
     summarizer, expander = layer.summarizer, layer.expander

@@ -93,11 +93,19 @@ def test_a_state_into_a_reentrant_checkpoint_is_refused():
     assert_close("x", *found, GRADIENT)
 
 
-def test_a_layers_own_stream_in_a_reentrant_checkpoint_is_refused():
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_layers_own_stream_in_a_checkpoint_is_refused(tokens, reentrant):
+    """Its recomputation would go on behind the tokens that it is of, and leave the memory with them twice."""
     layer = LogarithmicMemory(8, 2, 2, parallelize=False, **DOUBLE)
-    y = checkpoint(layer, random(2, 10, 8, requires_grad=True), use_reentrant=True)
-    with pytest.raises(RuntimeError, match=REFUSED):
-        y.sum().backward()
+    layer(random(2, 8, 8))  # room for seven more
+    takes = [layer, *([lambda x: layer.attention(layer.sequential(x))] if tokens == 1 else [])]
+    for take in takes:
+        y = checkpoint(take, random(2, tokens, 8, requires_grad=True), use_reentrant=reentrant)
+        before = layer.ptr
+        with pytest.raises(RuntimeError, match="checkpoint.*given its state.*own memory"):
+            y.sum().backward()
+        assert layer.ptr == before
 
 
 def test_layers_without_states_take_reentrant_checkpoints():
