@@ -23,7 +23,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = ("csrc/register.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
+CPU_SOURCES = ("csrc/register.cpp", "csrc/layer.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
 CUDA_SOURCES = tuple(f"csrc/cuda/step{part}.cu" for part in ("", "_f32", "_bf16", "_f16"))
 # By the first CUDA that knows the newest of them, which comes as PTX as well, for what is newer still.
 DEFAULT_ARCHS = {(12, 8): "7.5;8.0;9.0;12.0+PTX", (0, 0): "7.5;8.0;9.0+PTX"}

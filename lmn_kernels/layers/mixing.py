@@ -298,17 +298,8 @@ class LogarithmicMixing(nn.Module):
         """
         return original.attend_memory(self, memory, positions)
 
-    # A plan of steps holds on to the parameters, and so would stop a swap of them. A graph cannot be copied.
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        self.__dict__.pop("_plan", None)
-        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self.__dict__.pop("_plan", None)
-        super()._load_from_state_dict(*args, **options)
-
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_plan"}  # a copy makes its own
         if self._stream is not None:
             kept["_stream"] = self._stream.detach()  # a copy has its numbers, not its graph
         return kept

@@ -25,7 +25,7 @@ _new, _set = object.__new__, object.__setattr__
 
 
 class StepPlan:
-    """A layer's weights as the extension holds them (csrc/register.cpp, ``Layer``), and where they came from."""
+    """A layer's weights as the extension holds them (csrc/layer.cpp, ``Layer``), and where they came from."""
 
     __slots__ = ("backend", "expand", "heads", "native")
 

@@ -122,11 +122,12 @@ def build(package: Path) -> None:
     version = (ROOT / "lmn_kernels" / "_version.py").read_text(encoding="utf-8").split('"')[1]
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", *(f"-DLMN_{k}={v}" for k, v in (baked | {"VERSION": version}).items())]
     headers = [torch_home / "include", torch_home / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    torch_headers = [f"-I{path}" for path in headers]
     emulated = ROOT / "tests" / "emulated_cuda"
     # Fibers jump to where a checked longjmp would not.
     fibers = ["-U_FORTIFY_SOURCE", f"-I{emulated}", "-x", "c++"]
     for name, source, more in (
-        ("register.o", ROOT / "csrc" / "register.cpp", [f"-I{path}" for path in headers]),
+        *((f"{name}.o", ROOT / "csrc" / f"{name}.cpp", torch_headers) for name in ("register", "layer")),
         ("step.o", emulated / "step.cpp", fibers),
     ):
         command = [COMPILER, *flags, *more, "-c", str(source), "-o", str(package / name)]
@@ -134,7 +135,7 @@ def build(package: Path) -> None:
         assert done.returncode == 0, done.stderr
     binary = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     libraries = [f"-L{torch_home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    command = [COMPILER, "-shared", package / "register.o", package / "step.o", *libraries, "-o", binary]
+    command = [COMPILER, "-shared", *package.glob("*.o"), *libraries, "-o", binary]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -164,6 +165,22 @@ def test_a_plan_does_not_keep_a_layer():
     assert gone() is None
 
 
+@pytest.mark.parametrize("rows", [3, 33])  # 33: long enough to run without Python's lock
+def test_a_plan_takes_and_leaves_references(rows):
+    layer, _ = stepped()
+    counts = [(sys.getrefcount(p), p._use_count()) for p in layer.parameters()]
+    x, state, pool = torch.randn(rows, 1, 16), layer.init_state(rows), layer.init_state(rows, max_position=3)
+    with torch.no_grad():
+        for _ in range(3):
+            layer.step(x, state)
+            layer.step_(x, pool)
+            with pytest.raises(ValueError, match="x_t: expected shape"):
+                layer.step(x.expand(-1, 2, -1), state)
+    assert "_plan" in layer.__dict__
+    assert [(sys.getrefcount(p), p._use_count()) for p in layer.parameters()] == counts
+    assert {use for _, use in counts} == {1}
+
+
 @pytest.fixture
 def swaps():
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -171,25 +188,90 @@ def swaps():
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-@pytest.mark.usefixtures("swaps")
-def test_a_plan_does_not_stop_a_load():
+def check_step(layer: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Against the definition's parallel form, which no plan serves."""
+    x, state = torch.randn(3, 5, 16, dtype=dtype), layer.init_state(3)
+    with torch.no_grad():
+        steps = []
+        for x_t in x.split(1, 1):
+            y, state = layer.step(x_t, state)
+            steps.append(y)
+        pooled = layer.step_(x, layer.init_state(3, max_position=5))
+        for y in (torch.cat(steps, 1), pooled):
+            assert y.dtype == dtype
+            assert_close("y", y.float(), layer(x).float(), 4 * TOLERANCE[dtype][0])
+
+
+@pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
+def test_a_swapped_weight_is_what_steps_take(kind):
+    """`torch.utils.swap_tensors` refuses a tensor that anything but its Python object refers to, weakly or not."""
+    layer, _ = stepped(kind)
+    for name, parameter in list(layer.named_parameters()):
+        before = parameter.detach().clone()
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.randn_like(before)))
+        assert layer.get_parameter(name) is parameter and not torch.equal(parameter, before)
+        check_step(layer)
+
+
+def test_a_weight_swapped_for_one_of_another_kind():
     layer, state = stepped(LogarithmicMixing)
-    other = LogarithmicMixing(16, 2, 2)
-    layer.load_state_dict(other.state_dict())
-    x = torch.randn(1, 5, 16)
+    x = torch.randn(3, 1, 16)
     with torch.no_grad():
-        y = layer.step_(x, layer.init_state(1, max_position=5))
-        assert_close("y", y, other(x), 4 * LIMIT)
+        expected = layer.step(x, state)[0]
+        weight = layer.sva.q.weight
+        wrapped = nn.Parameter(Wrapped(weight.detach().clone()), requires_grad=False)
+        torch.utils.swap_tensors(weight, wrapped)
+        assert type(layer.sva.q.weight.data) is Wrapped
+        assert_close("y", layer.step(x, state)[0], expected, LIMIT)
+        torch.utils.swap_tensors(weight, nn.Parameter(torch.randn(16, 12)))
+        with pytest.raises(ValueError, match=r"^q.weight: expected shape \[16, 16\], got \[16, 12\]$"):
+            layer.step(x, state)
+
+
+def whole(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+def part(layer: nn.Module) -> nn.Module:
+    return layer.sva
+
+
+def parent(layer: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"inner": nn.Sequential(layer)})
 
 
 @pytest.mark.usefixtures("swaps")
-def test_a_plan_does_not_stop_a_conversion():
-    layer, _ = stepped(LogarithmicMixing)
-    layer.to(torch.bfloat16)
-    x = torch.randn(1, 5, 16, dtype=torch.bfloat16)
-    with torch.no_grad():
-        y = layer.step_(x, layer.init_state(1, max_position=5))
-        assert_close("y", y, layer(x).float(), TOLERANCE[torch.bfloat16][0])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("of", [whole, part, parent])
+def test_a_load_after_a_step(of, assign):
+    layer, _ = stepped()
+    other = LogarithmicMemory(16, 2, 2, init="variance_preserving")
+    of(layer).load_state_dict(of(other).state_dict(), assign=assign)
+    for loaded, given in zip(of(layer).parameters(), of(other).parameters(), strict=True):
+        assert torch.equal(loaded, given)
+    check_step(layer)
+
+
+@pytest.mark.usefixtures("swaps")
+@pytest.mark.parametrize("of", [whole, parent])
+def test_a_conversion_after_a_step(of):
+    layer, _ = stepped()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        of(layer).to(dtype)
+        check_step(layer, dtype)
+    of(layer).double()
+    check_step(layer, torch.float64)
+
+
+@pytest.mark.usefixtures("swaps")
+def test_a_conversion_of_a_part_after_a_step():
+    layer, state = stepped(LogarithmicMixing)
+    layer.sva.double()
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad(), pytest.raises(TypeError, match="x: expected dtype torch.float64 of the layer"):
+        layer.step(x, state)
+    layer.sva.float()
+    check_step(layer)
 
 
 def test_what_was_restored_knows_how_far_it_is():
