@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -80,7 +82,22 @@ def check_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, rows.long(), True)
 
 
-def check_positive(name: str, value: object, least: int = 1) -> None:
+def plain_int(value: object) -> int | None:
+    """An integer of Python's, of NumPy's or of any other kind as a plain one; None for what is none, as a bool."""
     # A SymInt: a size that torch.export or torch.compile has left open.
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)):
+        return None  # a tensor's number may lie on another device
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_positive(name: str, value: object, least: int = 1) -> int:
+    """The integer, as `plain_int` has it: what is kept must be one, for torch.compile and for JSON."""
+    number = plain_int(value)
+    if number is None or number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return number

@@ -162,7 +162,7 @@ class Sequences:
         if max_length is not None:
             if cu_seqlens is None:
                 raise ValueError(f"max_length: expected None without cu_seqlens, got {max_length!r}")
-            check_positive("max_length", max_length, 0)
+            max_length = check_positive("max_length", max_length, 0)
         if lengths is not None:
             return cls.padded(batch, length, lengths)
         if attention_mask is not None:

@@ -22,6 +22,7 @@ class FeedForward(nn.Module):
         self, embedding: int, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
         super().__init__()
+        embedding, width = check_positive("embedding", embedding), check_positive("width", width)
         self.fc1 = nn.Linear(embedding, width, device=device, dtype=dtype)
         self.fc2 = nn.Linear(width, embedding, device=device, dtype=dtype)
         self.activation = nn.SiLU()
@@ -74,14 +75,14 @@ class LogarithmicMemory(LogarithmicMixing):
             device=device,
             dtype=dtype,
         )
+        embedding = self.embedding
         if not feedforward_mult >= 0:
             raise ValueError(f"feedforward_mult: expected a number of at least 0, got {feedforward_mult!r}")
         self.norm1 = nn.RMSNorm(embedding, device=device, dtype=dtype)
         self.norm2: nn.Module | None = None
         self.feedforward: nn.Module | None = None
         if feedforward_mult:
-            width = round(feedforward_mult * embedding)
-            check_positive("feedforward_mult · embedding", width)
+            width = check_positive("feedforward_mult · embedding", round(feedforward_mult * embedding))
             self.norm2 = nn.RMSNorm(embedding, device=device, dtype=dtype)
             self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)  # type: ignore[no-untyped-call]

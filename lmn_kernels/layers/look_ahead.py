@@ -68,13 +68,12 @@ class LookAheadMemoryAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_positive("embedding", embedding)
-        check_positive("heads", heads)
+        embedding, heads = check_positive("embedding", embedding), check_positive("heads", heads)
         if head_size is None:
             if embedding % heads:
                 raise ValueError(f"heads: expected a divisor of embedding={embedding} (or a head_size), got {heads}")
             head_size = embedding // heads
-        check_positive("head_size", head_size)
+        head_size = check_positive("head_size", head_size)
         if not merge_eps >= 0:
             raise ValueError(f"merge_eps: expected a number of at least 0, got {merge_eps!r}")
         choice.check_name(backend, "backend", "look_ahead_attend")
@@ -176,12 +175,12 @@ class LookAheadMemoryLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_positive("feedforward", feedforward)
+        feedforward = check_positive("feedforward", feedforward)
         self.dec_attn = LookAheadMemoryAttention(
             embedding, heads, head_size, pre_norm=pre_norm, dropout=dropout, merge_eps=merge_eps, backend=backend,
             device=device, dtype=dtype,
         )  # fmt: skip
-        self.pos_ff = _FeedForward(embedding, feedforward, dropout, pre_norm, device, dtype)
+        self.pos_ff = _FeedForward(self.dec_attn.embedding, feedforward, dropout, pre_norm, device, dtype)
 
     def forward(
         self, x: Tensor, reach: Reach, *, looks_ahead: bool, output: Tensor | None = None, lse: Tensor | None = None

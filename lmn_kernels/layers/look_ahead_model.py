@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from python_ref.checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor
+from python_ref.checks import check_device, check_float, check_ids, check_positive, check_shape, check_tensor, plain_int
 from python_ref.precision import compute_dtype, no_autocast
 
 from ..backend.transforms import autocasts
@@ -70,18 +70,18 @@ class LookAheadMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_positive("embedding", embedding)
-        check_positive("layers", layers)
-        check_positive("memory_length", memory_length, 0)
+        embedding, layers = check_positive("embedding", embedding), check_positive("layers", layers)
+        memory_length = check_positive("memory_length", memory_length, 0)
         if embedding % 2:
             raise ValueError(f"embedding: expected an even number (half sines, half cosines), got {embedding}")
-        if attn_type not in ATTENTION_TYPES:
+        kind = plain_int(attn_type)
+        if kind is None or kind not in ATTENTION_TYPES:
             raise ValueError(f"attn_type: expected one of {', '.join(map(str, ATTENTION_TYPES))}, got {attn_type!r}")
         if clamp_length is not None:
-            check_positive("clamp_length", clamp_length)
+            clamp_length = check_positive("clamp_length", clamp_length)
         if window not in ("segment", "previous"):
             raise ValueError(f"window: expected segment or previous, got {window!r}")
-        self.embedding, self.memory_length, self.attn_type = embedding, memory_length, attn_type
+        self.embedding, self.memory_length, self.attn_type = embedding, memory_length, kind
         self.clamp_length, self.window, self.keep_last = clamp_length, window, keep_last
         self.layers = nn.ModuleList(
             LookAheadMemoryLayer(
@@ -93,7 +93,7 @@ class LookAheadMemory(nn.Module):
         attention = self._layer(0).dec_attn
         self.heads, self.head_size = attention.heads, attention.head_size
         self.drop = nn.Dropout(dropout)
-        for name in ("r_w_bias", "r_r_bias", *_BIASES.get(attn_type, ())):
+        for name in ("r_w_bias", "r_r_bias", *_BIASES.get(kind, ())):
             shape = self.heads, self.head_size
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
@@ -124,7 +124,7 @@ class LookAheadMemory(nn.Module):
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> LookAheadState:
         """The state before the first segment, in the parameters' dtype and on their device unless told otherwise."""
-        check_positive("batch_size", batch_size, 0)
+        batch_size = check_positive("batch_size", batch_size, 0)
         like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device or self.r_w_bias.device)
         inputs = tuple(like.new_empty(batch_size, 0, self.embedding) for _ in range(self._memories))
         outputs = tuple(like.new_empty(batch_size, 0, self.heads, self.head_size) for _ in range(self._outputs))
@@ -280,7 +280,7 @@ class LookAheadLanguageModel(LookAheadMemory):
     ):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(embedding, layers, heads, head_size, **place, **options)
-        check_positive("symbols", symbols)
+        embedding, symbols = self.embedding, check_positive("symbols", symbols)
         # Under the original's names.
         self.word_emb = nn.ModuleDict({"emb_layers": nn.ModuleList([nn.Embedding(symbols, embedding, **place)])})
         self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([_TiedOutput(symbols, **place)])})

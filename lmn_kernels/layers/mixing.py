@@ -77,8 +77,8 @@ class LogarithmicMixing(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("embedding", embedding), ("heads", heads), ("bank", bank)):
-            check_positive(name, value)
+        embedding = check_positive("embedding", embedding)
+        heads, bank = check_positive("heads", heads), check_positive("bank", bank)
         if step_backend is None:
             step_backend = "reference" if backend == "reference" else "auto"
         check_name(backend, "backend", "attend")
@@ -92,9 +92,9 @@ class LogarithmicMixing(nn.Module):
         self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
+        expand = None if expand is None else check_positive("expand", expand, 0)
         self.expander, self._expand = None, expand or 0
         if expand is not None:
-            check_positive("expand", expand, 0)
             self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
         self._stream = None
 
@@ -198,7 +198,7 @@ class LogarithmicMixing(nn.Module):
         """
         weight = survey(self).weight
         own = torch.get_default_dtype() if weight is None else weight.dtype
-        check_positive("max_position", max_position, 0)
+        max_position = check_positive("max_position", max_position, 0)
         return MemoryState.empty(
             batch_size,
             self.embedding,

@@ -45,7 +45,7 @@ def attend(
     """
     rows = node_rows(sequences, expand)
     check_float("token_qkv", token_qkv)
-    check_positive("heads", heads)
+    heads = check_positive("heads", heads)
     check_shape("token_qkv", token_qkv, (sequences.tokens, None), "[tokens, 3·embedding]")
     size = token_qkv.shape[1] // 3
     if token_qkv.shape[1] != 3 * size or size % heads:

@@ -67,7 +67,7 @@ def look_ahead_attend(
     batch, rows, heads, size = q.shape
     check_positive("q.shape[2], the heads", heads)
     check_positive("q.shape[3], their size", size)
-    check_positive("tokens", tokens)
+    tokens = check_positive("tokens", tokens)
     check_shape("kv", kv, (batch, None, 2, heads, size), "[batch, keys, 2, heads, head size]")
     keys = kv.shape[1]
     if tokens > keys:
@@ -77,14 +77,13 @@ def look_ahead_attend(
     memory = rows - tokens
     check_shape("bias", bias, (4, heads, size), "[kinds, heads, head size]")
     check_shape("table", table, (None, heads, size), "[distances, heads, head size]")
-    check_positive("future_row", future_row, 0)
+    future_row = check_positive("future_row", future_row, 0)
     if 0 < future_row < keys:
         raise ValueError(f"future_row: expected 0, or {keys} or more to begin behind the other table, got {future_row}")
     needed = max(keys, future_row + memory + 1)
     if table.shape[0] < needed:
         raise ValueError(f"table: expected at least {needed} rows, got {table.shape[0]}")
-    window = tokens if window is None else window
-    check_positive("window", window)
+    window = tokens if window is None else check_positive("window", window)
     if (output is None) != (lse is None) or (output is not None and not memory):
         raise ValueError("output, lse: expected both with memory rows in q, or neither")
     if output is not None and lse is not None:

@@ -110,7 +110,7 @@ class LookAheadState:
 
     def last(self, length: int) -> LookAheadState:
         """The newest ``length`` ≥ 0 rows of the memory, or all where there are fewer."""
-        check_positive("length", length, 0)
+        length = check_positive("length", length, 0)
         dropped = self.length - length
         if dropped <= 0:
             return self

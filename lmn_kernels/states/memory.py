@@ -69,7 +69,11 @@ class MemoryState:
         device: torch.device | str | None = None,
     ) -> MemoryState:
         """The state before the first token, with room for ``levels`` levels."""
-        check_positive("batch_size", batch_size, 0)
+        batch_size, embedding, bank, expand, levels = (
+            check_positive(name, size, 0)
+            for name, size in (("batch_size", batch_size), ("embedding", embedding), ("bank", bank),
+                               ("expand", expand), ("levels", levels))
+        )  # fmt: skip
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         shape = (batch_size, state_rows(levels, expand), bank, embedding)
