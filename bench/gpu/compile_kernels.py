@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import triton
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.extras import tqdm
 from bench.files import write_file
 from lmn_kernels._triton import attention, look_ahead, tree_compile
 from lmn_kernels._triton.common import CompileCase

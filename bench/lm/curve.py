@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 COLOURS = {"train": "#1f6feb", "validation": "#d1242f"}
 
 
@@ -26,6 +23,9 @@ def to_svg(rows: list[dict[str, Any]], title: str, entropy: float) -> bytes:
         title: text above the drawing.
         entropy: nats per character.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for split, colour in COLOURS.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.errors import InputError
 from lmn_kernels import BackendError
 
+from . import arguments
 from .checkpoint import Checkpoint
 from .models import LanguageModel, ModelConfig, build
 from .ranks import Ranks
@@ -142,9 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=400, help="characters to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest character")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: among all")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=arguments.seed, default=1)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--backend", default="auto", help="auto (default), reference, triton or cpp")
+    parser.add_argument("--backend", type=arguments.backend, default="auto", help="auto (default), reference or triton")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     flags = parser.parse_args(argv)
     try:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from bench.extras import numpy as np
 
 # Positions of a stream beside its distance: for other pairs, and for a query to stand at any remainder.
 ROOM = 32

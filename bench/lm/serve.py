@@ -20,9 +20,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bench.errors import InputError
+from bench.extras import need, tqdm
 from lmn_kernels import LogarithmicMemory, MemoryState
+
+from . import arguments
 
 TOLERANCE = 1e-5
 
@@ -204,14 +207,18 @@ def serve(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lm.serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--slots", type=int, default=8, help="requests that are under way at once")
     parser.add_argument("--preempt", type=float, default=0.05, help="chance of a preemption a step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     options = parser.parse_args(argv)
     if options.requests < 1 or options.slots < 1 or not 0 <= options.preempt < 1:
         parser.error("expected at least one request and one slot, and a chance in 0 … 1")
+    try:
+        need("tqdm")
+    except InputError as error:
+        parser.error(str(error))
     torch.manual_seed(options.seed)
     model, generator = TinyModel().eval(), torch.Generator().manual_seed(options.seed)
     requests = traffic(options.requests, generator)

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.errors import InputError
 
+from . import arguments
 from .models import FEEDFORWARDS, MODELS, RECURRENT, ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -227,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
     train("--schedule", choices=("cosine", "constant"), help="cosine falls to a tenth of --lr")
     train("--warmup", type=int, help="steps in which the learning rate rises")
     train("--grad-clip", type=float, help="largest norm of the gradient; 0 for any")
-    train("--seed", type=int)
+    train("--seed", type=arguments.seed)
     train("--dtype", choices=DTYPES, help="bfloat16 and float16: autocast over float32 parameters")
     train("--eval-every", type=int, help="steps between evaluations")
     train(
@@ -244,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     sample("--top-k", type=int, help="draw among the k likeliest; 0: among all")
     machine = result.add_argument_group("machine").add_argument
     machine("--device", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    machine("--backend", help="auto (default), reference, triton or cpp")
+    machine("--backend", type=arguments.backend, help="auto (default), reference or triton")
     machine("--compile", action="store_true", help="torch.compile the model")
     machine("--threads", type=int, help="CPU threads of each process; 0 leaves torch's choice")
     return result

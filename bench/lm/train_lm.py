@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import lmn_kernels
 from bench.errors import InputError, RunError
+from bench.extras import need, tqdm
 from bench.files import write_file
 from bench.measure.environment import describe
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     ranks: Ranks | None = None
     try:
+        need("matplotlib", "tqdm")
         saved = Checkpoint.load(Path(default_out(given)) / CHECKPOINT) if given.get("resume") else None
         settings = resolve(given, saved.settings if saved else None)
         ranks = Ranks.start(settings.device)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from bench.errors import InputError, RunError
+from bench.extras import tqdm
 from lmn_kernels import LookAheadState
 
 from .corpora import Corpus, segments, stream_starts, streams, window_starts, windows

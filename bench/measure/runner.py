@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
+
+from bench.extras import tqdm
 
 from . import timing
 from .environment import clocks, describe

@@ -8,7 +8,6 @@ from typing import Any
 
 from bench.measure.journal import Row
 
-from .plots import variant
 from .tables import (
     ABSENT,
     DIRECTIONS,
@@ -29,6 +28,7 @@ from .tables import (
     table,
     text,
     time_cell,
+    variant,
     whole,
 )
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from bench.measure.journal import Row
 
-from .tables import OURS, Value, is_ours, measured, milliseconds, peak, place
+from .tables import OURS, Value, is_ours, measured, milliseconds, peak, place, variant
 
 # Legible on white and on GitHub's dark page, and apart for the colour-blind (after Okabe and Ito, and Tol).
 COLOURS = {
@@ -230,14 +230,6 @@ def paper_fig9(rows: Sequence[Row], theme: str, order: Styles) -> Figure | None:
 def paper_fig10(rows: Sequence[Row], theme: str, order: Styles) -> Figure | None:
     """Peak memory over length, in parallel and token by token."""
     return _panels(rows, ["parallel", "sequential"], peak, _MEMORY, theme, order)
-
-
-def variant(row: Row, rows: Sequence[Row]) -> str:
-    """Name of a line of recall: the variant, and the model where there are several."""
-    names = [str(row.get("variant", row.get("model")))]
-    if len({row.get("model") for row in rows}) > 1 and row.get("model") not in (None, names[0]):
-        names.append(str(row["model"]))
-    return ", ".join(names)
 
 
 def recall(rows: Sequence[Row], theme: str, _: Styles) -> Figure | None:

@@ -16,7 +16,7 @@ from bench.errors import InputError, RunError
 from bench.files import write_file
 from bench.measure.journal import Invocation, Row, read
 
-from . import goals, plots
+from . import goals
 from .chapters import RUNS
 from .headline import RUNS as HEADLINE_RUNS
 from .headline import headline
@@ -129,6 +129,8 @@ class Pictures:
     def __init__(self, loaded: Loaded, folder: Path):
         self.folder, self._loaded = folder, loaded
         self._names = device_names(device for devices in loaded.values() for device in devices)
+        from . import plots  # and matplotlib, without which the rest of `python -m bench` runs
+
         self.files = plots.draw({self._names[device]: runs for device, runs in _by_device(loaded).items()})
 
     def show(self, run: str, page: Path, only: str | None = None) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from tabulate import tabulate
-
 from bench.errors import InputError
+from bench.extras import tabulate
 from bench.measure.journal import Row
 
 ABSENT = "–"
@@ -342,3 +341,11 @@ def over_seeds(values: Sequence[float | None]) -> str:
         return ABSENT
     mean = f"{statistics.fmean(found):.4f}"
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.4f}"
+
+
+def variant(row: Row, rows: Sequence[Row]) -> str:
+    """Name of a line of recall: the variant, and the model where there are several."""
+    names = [str(row.get("variant", row.get("model")))]
+    if len({row.get("model") for row in rows}) > 1 and row.get("model") not in (None, names[0]):
+        names.append(str(row["model"]))
+    return ", ".join(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tabulate import tabulate
+from bench.extras import tabulate
 
 
 def table(headers: list[str], lines: Iterable[list[Any]]) -> str:

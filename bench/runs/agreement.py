@@ -25,9 +25,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bench.errors import InputError
+from bench.extras import tqdm
 from bench.lm.checkpoint import Checkpoint
 from bench.lm.corpora import Corpus, load
 from bench.lm.generate import load_model

@@ -17,6 +17,7 @@ import torch
 
 from bench.contenders.providers import PROBLEMS, REGISTRY
 from bench.errors import InputError, RunError, first_line
+from bench.extras import need
 from bench.measure.runner import Context, Run, execute
 from bench.report import report
 from lmn_kernels import BackendError
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.run == "list":
             print(providers(_device(given.device)))
         elif given.run == "report":
+            need("matplotlib", "tabulate")
             report.report(given.results, given.readme, given.plots or given.results / "plots")
         else:
             _measure(given)
@@ -149,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace) -> None:
+    need("numpy", "tabulate", "tqdm")
     chosen, module = context(given), load(given.run)
     journal = execute(given.run, module, chosen, given.fresh, given.only)
     print(f"{chosen.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {journal.path}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.lm import arguments
 from bench.lm.corpora import load, streams
 from bench.lm.generate import load_model
 from bench.lm.models import RECURRENT, LogMem
@@ -52,7 +53,13 @@ CARRIED = "the whole split, memory carried along"
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--data", help="tinyshakespeare (default; --quick: a source file), stdlib, or the path of a UTF-8 text file")
     add("--models", nargs="+", choices=tuple(NAMES), default=list(NAMES), help="default: all four")
-    add("--seeds", nargs="+", type=int, default=list(SEEDS), help="one training each (default: 1337 1338 1339)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=arguments.seed,
+        default=list(SEEDS),
+        help="one training each (default: 1337 1338 1339)",
+    )
     add("--steps", type=int, help=f"updates of each training (default: {STEPS}; --quick: {QUICK_STEPS})")
 
 

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from bench.lm import arguments
 from bench.lm.settings import resolve
 from bench.measure.journal import Row
 from bench.measure.runner import Case, Context
@@ -54,7 +55,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--data", help="tinyshakespeare (default; --quick: stdlib), stdlib, or the path of a UTF-8 text file")
     add("--embedding", choices=("32", "128", "all"), default="32", help="width of the models (default: 32)")
     add("--models", nargs="+", choices=tuple(NAMES), default=list(NAMES), help="default: all four")
-    add("--seeds", nargs="+", type=int, default=[1337], help="one training each (default: 1337)")
+    add("--seeds", nargs="+", type=arguments.seed, default=[1337], help="one training each (default: 1337)")
 
 
 def cases(context: Context) -> list[Case]:

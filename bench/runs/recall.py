@@ -29,15 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from bench.errors import InputError, RunError
+from bench.extras import numpy as np
+from bench.extras import tabulate, tqdm
 from bench.files import write_file
+from bench.lm import arguments
 from bench.lm.models import GPT2, LanguageModel, ModelConfig, build
 from bench.lm.recall_task import SPLIT, Task, length_for, lowest_level, test_streams, training_streams
 from bench.measure.environment import describe
@@ -349,7 +349,7 @@ def tally(found: Tensor) -> Row:
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--steps", type=int, help=f"updates of each variant (default {FULL.steps}, with --quick {QUICK.steps})")
-    add("--seed", type=int, default=1337, help="of parameters and training streams (default 1337)")
+    add("--seed", type=arguments.seed_of_numpy, default=1337, help="of parameters and training streams (default 1337)")
     add("--variants", help=f"which, separated by commas (default all: {', '.join(VARIANTS)})")
 
 
@@ -366,8 +366,6 @@ def cases(context: Context) -> list[Case]:
         if steps < 1:
             raise InputError(f"steps: expected 1 or more, got {steps}")
         plan = dataclasses.replace(plan, steps=steps)
-    if seed < 0:
-        raise InputError(f"seed: expected 0 or more, got {seed}")
     names = list(VARIANTS) if chosen is None else list(dict.fromkeys(name.strip() for name in chosen.split(",")))
     for name in names:
         if name not in VARIANTS:

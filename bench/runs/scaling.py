@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy
-
 from bench.contenders.providers import compare
 from bench.contenders.shapes import Shape
+from bench.extras import numpy
 from bench.measure.comparison import Comparison, Limits
 from bench.measure.contender import OURS
 from bench.measure.gate import FORWARD, TRAINING
