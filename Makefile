@@ -54,7 +54,7 @@ cuda-build: ## compile the CUDA half for all architectures, without a GPU (about
 	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python -m bench.gpu.cuda_build
 
 clean: ## remove .venv, builds and caches; results in runs/ stay
-	rm -rf .venv .venv-cuda build dist *.egg-info lmn_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist *.egg-info lmn_kernels/_C*.so lmn_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package, whose build looks for it.

@@ -2,8 +2,9 @@
 
 Without torch or a compiler at hand the answer is a pure-Python wheel and one sentence that says why; with
 ``LMN_KERNELS_BUILD=1`` that sentence is an error, with ``LMN_KERNELS_BUILD=0`` nothing is compiled. So it is
-with the CUDA half, ``LMN_KERNELS_CUDA`` and a build for the CPU alone. A compiler that fails is always an
-error. Building uses no network and never asks for torch.
+with the CUDA half, ``LMN_KERNELS_CUDA`` and a build for the CPU alone. The sentences are left in the package, where
+``python -m lmn_kernels`` finds them. A compiler that fails is always an error. Building uses no network and never
+asks for torch.
 
 The environment that it reads: LMN_KERNELS_BUILD (auto, 0, 1), LMN_KERNELS_CUDA (auto, 0, 1), CXX, CUDA_HOME,
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, LMN_KERNELS_CFLAGS (more flags for the C++ compiler, such as sanitizers).
@@ -11,6 +12,7 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS, LMN_KERNELS_CFLAGS (more flags for the C++ compi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -21,9 +23,13 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ("csrc/register.cpp", "csrc/layer.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
+# Beside the packages' own files, and no part of the sources: `backend/extension.py` reads it.
+RECORD = "lmn_kernels/_build.json"
 CUDA_SOURCES = tuple(f"csrc/cuda/step{part}.cu" for part in ("", "_f32", "_bf16", "_f16"))
 # By the first CUDA that knows the newest of them, which comes as PTX as well, for what is newer still.
 DEFAULT_ARCHS = {(12, 8): "7.5;8.0;9.0;12.0+PTX", (0, 0): "7.5;8.0;9.0+PTX"}
@@ -117,8 +123,8 @@ def version() -> str:
     return found[1]
 
 
-def extension(wanted: str):
-    """The extension module, with its CUDA half where that can be built.
+def extension(wanted: str, record: dict[str, str | None]):
+    """The extension module, with its CUDA half where that can be built, or a reason in ``record["cuda"]``.
 
     Raises:
         NotBuilt: CUDA is wanted ("1"), and cannot be built.
@@ -135,6 +141,7 @@ def extension(wanted: str):
         if wanted == "1":
             raise
         print(f"lmn_kernels: the CUDA half is not built: {reason}", file=sys.stderr)
+        record["cuda"] = str(reason)
         cuda, archs = "none", "none"
     baked = {"VERSION": version(), "TORCH": torch.__version__, "CUDA_VERSION": cuda, "ARCHS": archs}
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
@@ -156,19 +163,38 @@ def extension(wanted: str):
     )
 
 
+def recording(command: type, record: dict[str, str | None]) -> type:
+    """A command that leaves a record where it puts the package: in the checkout, if that is what is used."""
+
+    class Recording(command):  # type: ignore[misc, valid-type]
+        def run(self):
+            super().run()
+            in_place = getattr(self, "inplace", False) or getattr(self, "editable_mode", False)
+            path = Path(ROOT if in_place else self.build_lib, RECORD)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    return Recording
+
+
 def plan() -> dict:
     """Arguments of setup: the extension, or nothing and the reason."""
     wanted, cuda = setting("LMN_KERNELS_BUILD"), setting("LMN_KERNELS_CUDA")
+    # Why something is not compiled; None of what is.
+    record: dict[str, str | None] = {"extension": None, "cuda": None}
+    pure = {"cmdclass": {"build_py": recording(build_py, record), "build_ext": recording(build_ext, record)}}
     if wanted == "0":
-        return {}
+        record["extension"] = "LMN_KERNELS_BUILD=0"
+        return pure
     try:
         check_compiler()
-        module = extension(cuda)
+        module = extension(cuda, record)
     except NotBuilt as reason:
         if "1" in (wanted, cuda):
             raise SystemExit(f"lmn_kernels: the extension cannot be built: {reason}") from None
         print(f"lmn_kernels: a pure-Python build: {reason}", file=sys.stderr)
-        return {}
+        record["extension"] = str(reason)
+        return pure
     limit_jobs()
     from torch.utils.cpp_extension import BuildExtension
 
@@ -185,7 +211,7 @@ def plan() -> dict:
                 print("lmn_kernels: compiling failed; LMN_KERNELS_BUILD=0 builds without it", file=sys.stderr)
                 raise
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [module], "cmdclass": {**pure["cmdclass"], "build_ext": recording(Build, record)}}
 
 
 # Also under a PEP 517 front end. A test imports the rest.

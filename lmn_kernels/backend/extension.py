@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import mmap
+import os
 import re
+import sys
 from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -14,8 +16,48 @@ import torch
 
 from .._version import __version__
 
+_PACKAGE = Path(__file__).parent.parent
 REBUILD = "rebuild it: pip install --no-build-isolation ."
 _MARKER = re.compile(rb"lmn_kernels build: (\{[^}\0]*\})")
+
+
+def record() -> dict[str, str | None]:
+    """What the last build of this package left out, and why: of ``"extension"`` and ``"cuda"``, as setup.py says it."""
+    try:
+        found = json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def not_built() -> str:
+    """Why there is no extension in this package; and, where another package of the name has one, why it is not that."""
+    reason = record().get("extension")
+    said = f": {reason}" if reason else " (pip install --no-build-isolation . builds it)"
+    other = _built_elsewhere()
+    if other is not None:
+        first = "from the current folder" if _is_current(_PACKAGE.parent) else "on sys.path"
+        said += f"; the lmn_kernels in {other} has it, but {_PACKAGE} comes first, {first}"
+    return f"the extension is not built{said}"
+
+
+def _is_current(folder: Path) -> bool:
+    return os.path.exists(os.curdir) and os.path.samefile(folder, os.curdir)
+
+
+def _built_elsewhere() -> Path | None:
+    """Another package of this name, on the path or known to a finder (of an editable install), with an extension."""
+    specs = [PathFinder.find_spec("lmn_kernels", [entry]) for entry in sys.path]
+    specs += [finder.find_spec("lmn_kernels", None) for finder in sys.meta_path if finder is not PathFinder]
+    folders = (Path(folder) for spec in specs if spec is not None for folder in spec.submodule_search_locations or ())
+    own = _PACKAGE.resolve()
+    return next((f for f in folders if f.resolve() != own and PathFinder.find_spec("lmn_kernels._C", [str(f)])), None)
+
+
+def why_no_cuda() -> str:
+    """Why the last build left out the CUDA half, in brackets; nothing where it does not say."""
+    reason = record().get("cuda")
+    return f" ({reason})" if reason else ""
 
 
 def read_build(path: Path) -> dict[str, str] | None:
@@ -40,9 +82,9 @@ def mismatch(build: dict[str, str] | None) -> str | None:
 def load() -> tuple[dict[str, str], str | None]:
     """What the extension was built for, and why it cannot be used; None where it is loaded now."""
     # In this package alone: the finder of an editable install would offer the binary of another checkout.
-    spec = PathFinder.find_spec("lmn_kernels._C", [str(Path(__file__).parent.parent)])
+    spec = PathFinder.find_spec("lmn_kernels._C", [str(_PACKAGE)])
     if spec is None or spec.origin is None:
-        return {}, "the extension is not built (pip install --no-build-isolation . builds it)"
+        return {}, not_built()
     try:
         build = read_build(Path(spec.origin))
         reason = mismatch(build)
@@ -59,7 +101,7 @@ def obstacle(device_type: str) -> str | None:
     """Why the extension cannot serve a type of device; None where it can."""
     build, reason = load()
     if reason is None and device_type == "cuda" and build["cuda"] == "none":
-        return f"the extension was built without CUDA; {REBUILD}"
+        return f"the extension was built without CUDA{why_no_cuda()}; {REBUILD}"
     return reason
 
 

@@ -50,7 +50,8 @@ def _extension_line() -> str:
     build, reason = extension.load()
     if reason is not None:
         return reason
-    cuda = "CPU alone" if build["cuda"] == "none" else f"CPU and CUDA {build['cuda']} for {build['archs']}"
+    alone = f"CPU alone{extension.why_no_cuda()}"
+    cuda = alone if build["cuda"] == "none" else f"CPU and CUDA {build['cuda']} for {build['archs']}"
     return f"built for torch {build['torch']}, {cuda}"
 
 

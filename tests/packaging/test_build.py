@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,9 @@ def setup_py():
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    ignore = shutil.ignore_patterns(".*", "tests", "bench", "build", "runs", "*.egg-info", "*.so", "__pycache__")
+    ignore = shutil.ignore_patterns(
+        ".*", "tests", "bench", "build", "runs", "*.egg-info", "*.so", "_build.json", "__pycache__"
+    )
     return shutil.copytree(ROOT, tmp_path / "check out", ignore=ignore)
 
 
@@ -54,28 +57,64 @@ def build(checkout: Path, **env: str) -> tuple[subprocess.CompletedProcess[str],
     return done, list((checkout / "out").glob("*.whl"))
 
 
+def extension_line(site: Path) -> str:
+    """What ``python -m lmn_kernels`` says of the extension, with no other lmn_kernels about."""
+    code = "import runpy, sys; sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith('__edit')]; "
+    code += "runpy.run_module('lmn_kernels', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=site, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(line for line in done.stdout.splitlines() if line.startswith("C++/CUDA extension"))
+
+
 def sentences(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("lmn_kernels:")]
 
 
-# How a machine differs, what its torch raises on import, and what the one sentence names.
+# How a machine differs, what its torch raises on import, what is printed, and what is recorded in the package.
+NO_TORCH = "torch cannot be imported (not today); pip install --no-build-isolation . lets the build see it"
+WITHOUT = f"there is no C++ compiler ({NO_COMPILER}); install one or set CXX"
 PURE = {
-    "nothing wanted": ({"LMN_KERNELS_BUILD": "0"}, "SystemExit", []),  # nor is torch asked for
-    "no torch": ({}, "ImportError", ["torch cannot be imported (not today)"]),
-    "a torch that lacks a library": ({}, "OSError", ["torch cannot be imported (not today)"]),
-    "no compiler": ({"CXX": NO_COMPILER}, None, [NO_COMPILER]),
+    "nothing wanted": ({"LMN_KERNELS_BUILD": "0"}, "SystemExit", [], "LMN_KERNELS_BUILD=0"),  # nor is torch asked for
+    "no torch": ({}, "ImportError", [NO_TORCH], NO_TORCH),
+    "a torch that lacks a library": ({}, "OSError", [NO_TORCH], NO_TORCH),
+    "no compiler": ({"CXX": NO_COMPILER}, None, [WITHOUT], WITHOUT),
 }
 
 
 @pytest.mark.parametrize("machine", PURE)
 def test_a_pure_wheel_and_one_sentence(checkout, tmp_path, machine):
-    env, raised, parts = PURE[machine]
+    env, raised, printed, recorded = PURE[machine]
     if raised is not None:
         (tmp_path / "torch.py").write_text(f"raise {raised}('not today')\n")
     done, wheels = build(checkout, PYTHONPATH=str(tmp_path), **env)
     assert done.returncode == 0, done.stderr
     assert [wheel.name for wheel in wheels] == [f"lmn_kernels-{__version__}-py3-none-any.whl"]
-    assert [part in line for part, line in zip(parts, sentences(done.stderr), strict=True)] == [True] * len(parts)
+    assert sentences(done.stderr) == [f"lmn_kernels: a pure-Python build: {reason}" for reason in printed]
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(tmp_path / "site")
+    assert extension_line(tmp_path / "site") == f"C++/CUDA extension: the extension is not built: {recorded}"
+    assert not (checkout / "lmn_kernels" / "_build.json").exists()
+
+
+# How a build leaves the package in the checkout.
+IN_PLACE = {
+    "build_ext": [sys.executable, "setup.py", "build_ext", "--inplace"],
+    "editable": [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_editable('out')"],
+}
+
+
+@pytest.mark.parametrize("command", IN_PLACE)
+def test_the_sentence_stands_in_the_checkout_where_that_is_what_is_used(checkout, command):
+    for env, reason in (({"CXX": NO_COMPILER}, WITHOUT), ({"LMN_KERNELS_BUILD": "0"}, "LMN_KERNELS_BUILD=0")):
+        done = subprocess.run(
+            IN_PLACE[command], cwd=checkout, env={**os.environ, **env}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert extension_line(checkout) == f"C++/CUDA extension: the extension is not built: {reason}"
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/lmn_kernels/_build.json" in ignored
+    assert "_build.json" not in "".join(path.name for path in checkout.rglob("*.egg-info/SOURCES.txt"))
 
 
 needs_compiler = pytest.mark.skipif(
@@ -109,7 +148,7 @@ def test_what_is_not_there_is_fatal_only_where_it_is_asked_for(setup_py, monkeyp
         monkeypatch.setitem(sys.modules, "torch", None)
     else:
         monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    assert setup_py.plan() == {}
+    assert "ext_modules" not in setup_py.plan()
     (said,) = sentences(capsys.readouterr().err)
     for name in ("LMN_KERNELS_BUILD", "LMN_KERNELS_CUDA"):
         with monkeypatch.context() as demanding, pytest.raises(SystemExit) as raised:
@@ -165,14 +204,16 @@ REASONS = [
 @pytest.mark.parametrize("machine, parts", REASONS)
 def test_no_cuda_half_and_one_sentence(setup_py, cuda, capsys, machine, parts):
     cuda(**machine)
-    module = setup_py.extension("auto")
+    record = {}
+    module = setup_py.extension("auto", record)
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
     assert not any(source.endswith(".cu") for source in module.sources)
     assert dict(module.define_macros)["LMN_CUDA_VERSION"] == "none" and "LMN_CUDA" not in dict(module.define_macros)
     (said,) = sentences(capsys.readouterr().err)
     assert all(part in said for part in parts), said
+    assert said == f"lmn_kernels: the CUDA half is not built: {record['cuda']}"
     with pytest.raises(setup_py.NotBuilt, match=parts[0]):
-        setup_py.extension("1")
+        setup_py.extension("1", {})
 
 
 ARCHS = [
@@ -188,7 +229,8 @@ def test_the_cuda_half(setup_py, cuda, monkeypatch, capsys, release, given, arch
     cuda(release, f"Cuda compilation tools, release {release}, V{release}.1")
     if given is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
-    module = setup_py.extension("1")
+    module = setup_py.extension("1", record := {"cuda": None})
+    assert record == {"cuda": None}
     macros = dict(module.define_macros)
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == macros["LMN_ARCHS"] == archs
     assert macros["LMN_CUDA_VERSION"] == release and "LMN_CUDA" in macros

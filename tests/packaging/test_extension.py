@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmn_kernels import __version__
+from lmn_kernels import __version__, info
 from lmn_kernels.backend import extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.slow
 
 PROBE = """
 import json, sys, warnings
+# That of an editable install, which may know of a checkout with an extension.
+sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 import torch, lmn_kernels
 loaded = lambda: "lmn_kernels._C" in sys.modules
 layer, x = lmn_kernels.LogarithmicMixing(8, 2), torch.randn(1, 5, 8)
@@ -49,7 +52,9 @@ print(json.dumps([early, loaded(), [str(w.message) for w in caught], refusal, *f
 def package(tmp_path) -> Path:
     """The two packages on a path of their own, without a binary."""
     for name in ("lmn_kernels", "python_ref"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        )
     return tmp_path / "lmn_kernels"
 
 
@@ -70,6 +75,78 @@ def falls_back(package: Path, *parts: str) -> None:
     assert warned == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {reason}"]
     assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
     assert step.strip() == f"step: reference ({reason})"
+
+
+def test_the_reason_that_the_build_recorded(package):
+    said = "there is no C++ compiler (c++); install one or set CXX"
+    (package / "_build.json").write_text(json.dumps({"extension": said, "cuda": None}))
+    reason = f"the extension is not built: {said}"
+    _, loaded, warned, refusal, line, step = probe(package)
+    assert not loaded and line == f"C++/CUDA extension: {reason}"
+    assert warned == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {reason}"]
+    assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
+    assert step.strip() == f"step: reference ({reason})"
+
+
+PLAIN = "the extension is not built (pip install --no-build-isolation . builds it)"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{", '{"cuda": null}', '{"extension": null, "cuda": "no nvcc"}', b"\xff"]
+)
+def test_a_record_that_says_nothing_of_it(package, monkeypatch, content):
+    monkeypatch.setattr(extension, "_PACKAGE", package)
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.setattr(sys, "path", [str(package.parent)])
+    (package / "_build.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert extension.not_built() == PLAIN
+
+
+class Editable:
+    """What an editable install leaves in ``sys.meta_path``."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "lmn_kernels":
+            return None
+        return importlib.util.spec_from_file_location(name, self._folder / "__init__.py")
+
+
+@pytest.mark.parametrize("is_editable", [False, True])
+@pytest.mark.parametrize("is_current", [True, False])
+def test_an_installed_package_that_a_checkout_shadows(package, tmp_path, monkeypatch, is_editable, is_current):
+    other = tmp_path / "site" / "lmn_kernels"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    monkeypatch.setattr(extension, "_PACKAGE", package)
+    monkeypatch.setattr(sys, "meta_path", [Editable(other)] if is_editable else [])
+    # The package itself is found as well, in a folder of another name.
+    (tmp_path / "linked").symlink_to(package.parent)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "linked"), *([] if is_editable else [str(tmp_path / "site")])])
+    monkeypatch.chdir(package.parent if is_current else other)
+    assert extension.not_built() == PLAIN  # neither has one
+    (other / NAME).touch()
+    where = "from the current folder" if is_current else "on sys.path"
+    said = f"; the lmn_kernels in {other} has it, but {package} comes first, {where}"
+    assert extension.not_built() == PLAIN + said
+    (package / "_build.json").write_text('{"extension": "LMN_KERNELS_BUILD=0"}')
+    assert extension.not_built() == f"the extension is not built: LMN_KERNELS_BUILD=0{said}"
+
+
+def test_why_there_is_no_cuda_half(package, monkeypatch):
+    monkeypatch.setattr(extension, "_PACKAGE", package)
+    built = {"version": __version__, "torch": torch.__version__, "cuda": "none", "archs": "none"}
+    monkeypatch.setattr(extension, "load", lambda: (built, None))
+    line = f"C++/CUDA extension: built for torch {torch.__version__}, CPU alone"
+    rebuild = "rebuild it: pip install --no-build-isolation ."
+    assert extension.obstacle("cuda") == f"the extension was built without CUDA; {rebuild}"
+    assert line in info().splitlines()
+    (package / "_build.json").write_text('{"extension": null, "cuda": "this torch is built without CUDA"}')
+    reason = "(this torch is built without CUDA)"
+    assert extension.obstacle("cuda") == f"the extension was built without CUDA {reason}; {rebuild}"
+    assert f"{line} {reason}" in info().splitlines() and extension.obstacle("cpu") is None
 
 
 @pytest.fixture

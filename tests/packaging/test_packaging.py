@@ -24,7 +24,8 @@ from lmn_kernels._triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNED = launch.TUNED.relative_to(ROOT)
-NOT_COPIED = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+RECORD = "lmn_kernels/_build.json"
+NOT_COPIED = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.json")
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,7 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the checkout: a build leaves files behind, as one of another Python has done here."""
     copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tree", ignore=NOT_COPIED)
     (copy / "lmn_kernels" / "_C.cpython-27m.so").touch()
+    (copy / RECORD).write_text('{"extension": "an earlier build", "cuda": null}')
     # A tuned file of launches, whether or not there is one here.
     (copy / TUNED).mkdir(exist_ok=True)
     (copy / TUNED / "Made-up_GPU.json").write_text('{"device": "Made-up GPU", "arch": 90, "launches": {}}')
@@ -103,7 +105,12 @@ def test_isolated_build_is_pure_and_ships_both_packages(tree, tmp_path):
     """Torch is not in it, and neither an extension nor a complaint comes of that."""
     wheel = build(tree, tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert shipped(wheel, tree) == set()
+    assert shipped(wheel, tree) == {RECORD}
+    with zipfile.ZipFile(wheel) as archive:
+        reason = json.loads(archive.read(RECORD))["extension"]
+    assert reason == (
+        "torch cannot be imported (No module named 'torch'); pip install --no-build-isolation . lets the build see it"
+    )
 
 
 @needs_pip
@@ -112,7 +119,7 @@ def test_a_build_that_sees_torch_ships_the_extension(tree, tmp_path, setuptools_
     wheel = build(tree, tmp_path, "--no-build-isolation", LMN_KERNELS_BUILD="1", LMN_KERNELS_CUDA="0")
     platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
     assert re.search(rf"-cp3\d+-cp3\d+-{platform}\.whl$", wheel.name)
-    (binary,) = shipped(wheel, tree)
+    (binary,) = shipped(wheel, tree) - {RECORD}
     assert re.fullmatch(r"lmn_kernels/_C\..*\.(so|pyd)", binary) and "27m" not in binary
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -120,7 +127,9 @@ def test_a_build_that_sees_torch_ships_the_extension(tree, tmp_path, setuptools_
     env = {**os.environ, "PYTHONPATH": str(site), "LMN_KERNELS_BACKEND": ""}
     command = [sys.executable, "-m", "lmn_kernels.info"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert f"built for torch {torch.__version__}, CPU alone" in done.stdout, done.stdout + done.stderr
+    assert f"built for torch {torch.__version__}, CPU alone (LMN_KERNELS_CUDA=0)" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert "step: cpp" in done.stdout
 
 
@@ -134,7 +143,11 @@ def test_the_source_distribution_holds_what_the_extension_is_made_of(tree, tmp_p
     sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
     tuned = (TUNED / "Made-up_GPU.json").as_posix()
     assert sources and sources | {"setup.py", "pyproject.toml", "lmn_kernels/backend/extension.py", tuned} <= names
-    assert not [name for name in names if name.endswith(".so") or name.startswith(("tests/", "bench/", "build/"))]
+    assert not [
+        name
+        for name in names
+        if name.endswith(".so") or name == RECORD or name.startswith(("tests/", "bench/", "build/"))
+    ]
 
 
 @needs_pip
