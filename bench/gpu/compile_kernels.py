@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.extras import tqdm
+from bench.errors import InputError
+from bench.extras import need, tqdm
 from bench.files import write_file
 from lmn_kernels._triton import attention, look_ahead, tree_compile
 from lmn_kernels._triton.common import CompileCase
@@ -95,13 +96,19 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.compile_kernels", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), help="compute capabilities")
     parser.add_argument("--dtype", nargs="*", default=["float16", "bfloat16", "float32"])
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(argv)
+    try:
+        need("tqdm")
+    except InputError as error:
+        parser.error(str(error))
     wanted = [
         (number, arch)
         for arch in options.arch

@@ -106,12 +106,15 @@ MISSING = {
     "bench recall --quick": (EVERY, "bench: numpy, tabulate and tqdm are not installed"),
     "bench.lm.train_lm --preset demo": (EVERY, "train_lm: matplotlib and tqdm are not installed"),
     "bench.lm.serve": (EVERY, "python -m bench.lm.serve: error: tqdm is not installed"),
+    "bench.gpu.compile_kernels": ("tqdm", "python -m bench.gpu.compile_kernels: error: tqdm is not installed"),
 }
 
 
 @pytest.mark.parametrize("words", MISSING)
 def test_what_is_not_installed_is_said_at_once_with_its_extra(words):
     packages, sentence = MISSING[words]
+    if "compile_kernels" in words:
+        pytest.importorskip("triton", reason="needs triton: pip install lmn-kernels[triton]")
     done = run_without(packages, *words.split())
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"{sentence} (pip install lmn-kernels[bench])"
