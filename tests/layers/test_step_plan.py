@@ -199,13 +199,17 @@ def check_step(layer: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         pooled = layer.step_(x, layer.init_state(3, max_position=5))
         for y in (torch.cat(steps, 1), pooled):
             assert y.dtype == dtype
-            assert_close("y", y.float(), layer(x).float(), 4 * TOLERANCE[dtype][0])
+            assert_close("y", y.double(), layer(x).double(), 4 * TOLERANCE[dtype][0])
 
 
+BOTH = pytest.mark.parametrize("step_backend", ["auto", "reference"])
+
+
+@BOTH
 @pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
-def test_a_swapped_weight_is_what_steps_take(kind):
+def test_a_swapped_weight_is_what_steps_take(kind, step_backend):
     """`torch.utils.swap_tensors` refuses a tensor that anything but its Python object refers to, weakly or not."""
-    layer, _ = stepped(kind)
+    layer, _ = stepped(kind, step_backend=step_backend)
     for name, parameter in list(layer.named_parameters()):
         before = parameter.detach().clone()
         torch.utils.swap_tensors(parameter, nn.Parameter(torch.randn_like(before)))
@@ -243,8 +247,9 @@ def parent(layer: nn.Module) -> nn.Module:
 @pytest.mark.usefixtures("swaps")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("of", [whole, part, parent])
-def test_a_load_after_a_step(of, assign):
-    layer, _ = stepped()
+@BOTH
+def test_a_load_after_a_step(of, assign, step_backend):
+    layer, _ = stepped(step_backend=step_backend)
     other = LogarithmicMemory(16, 2, 2, init="variance_preserving")
     of(layer).load_state_dict(of(other).state_dict(), assign=assign)
     for loaded, given in zip(of(layer).parameters(), of(other).parameters(), strict=True):
@@ -254,8 +259,9 @@ def test_a_load_after_a_step(of, assign):
 
 @pytest.mark.usefixtures("swaps")
 @pytest.mark.parametrize("of", [whole, parent])
-def test_a_conversion_after_a_step(of):
-    layer, _ = stepped()
+@BOTH
+def test_a_conversion_after_a_step(of, step_backend):
+    layer, _ = stepped(step_backend=step_backend)
     for dtype in (torch.bfloat16, torch.float64, torch.float32):
         of(layer).to(dtype)
         check_step(layer, dtype)
