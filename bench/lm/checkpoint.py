@@ -30,6 +30,8 @@ class Checkpoint:
         seconds: training time so far, evaluations not counted.
         memory: of a recurrent model what the next segment reads: ``tensors``, ``tokens`` and ``is_even`` of
             `lmn_kernels.LookAheadState`, of all streams; None for the others, and before the first segment.
+        order: names of the parameters in the order that the optimizer's state goes by; None where the file is of a
+            version that did not say.
     """
 
     step: int
@@ -43,6 +45,7 @@ class Checkpoint:
     rows: list[dict[str, Any]]
     seconds: float
     memory: dict[str, Any] | None = None
+    order: list[str] | None = None
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all.

@@ -118,10 +118,21 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "rows": self.rows,
             "seconds": self.seconds,
+            "order": self._order(),
         }
 
+    def _order(self) -> list[str]:
+        return [name for name, _ in self.model.named_parameters()]
+
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned.
+
+        Raises:
+            InputError: the optimizer's state goes by another order of parameters.
+        """
+        if state["order"] != self._order():
+            # An optimizer's state has no names: moments of equal shape would change places without a word.
+            raise InputError("resume: expected an optimizer's state in this version's order of parameters, got another")
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -67,7 +67,6 @@ class LogarithmicMemory(LogarithmicMixing):
             bank,
             parallelize,
             summarizer=summarizer,
-            expand=_expand,
             init=init,
             backend=backend,
             step_backend=step_backend,
@@ -85,6 +84,11 @@ class LogarithmicMemory(LogarithmicMixing):
             width = check_positive("feedforward_mult · embedding", round(feedforward_mult * embedding))
             self.norm2 = nn.RMSNorm(embedding, device=device, dtype=dtype)
             self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
+        # The order of parameters, and of drawing them, is the original's: states of optimizers go by it.
+        for name in [name for name in ("summarizer", "sva", "feedforward") if name in self._modules]:
+            self._modules[name] = self._modules.pop(name)
+        if _expand is not None:
+            self._widen(_expand, init, device, dtype)
         self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)  # type: ignore[no-untyped-call]
 
     def around(self) -> Around:

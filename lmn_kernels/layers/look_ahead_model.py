@@ -15,6 +15,7 @@ from python_ref.precision import compute_dtype, no_autocast
 from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
 from .look_ahead import LookAheadMemoryLayer, Reach
+from .parameters import drawn_by
 
 # The original's numbers: no look-ahead (Transformer-XL), and three ways to tell ahead from behind.
 ATTENTION_TYPES = (0, 3, 31, 32)
@@ -96,17 +97,19 @@ class LookAheadMemory(nn.Module):
         for name in ("r_w_bias", "r_r_bias", *_BIASES.get(kind, ())):
             shape = self.heads, self.head_size
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                drawn_by(_draw_norm if isinstance(module, nn.LayerNorm) else _draw, module)
+        self._draw_biases()
 
     def reset_parameters(self) -> None:
         """Draw the parameters as the original does (section 4: the biases of the memory's rows are drawn wider)."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.normal_(module.weight, 1.0, 0.02)
-            if isinstance(module, (nn.Linear, nn.LayerNorm, _TiedOutput)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        self._draw_biases()
+
+    def _draw_biases(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_future"):
                 nn.init.xavier_uniform_(parameter)
@@ -285,7 +288,7 @@ class LookAheadLanguageModel(LookAheadMemory):
         self.word_emb = nn.ModuleDict({"emb_layers": nn.ModuleList([nn.Embedding(symbols, embedding, **place)])})
         self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([_TiedOutput(symbols, **place)])})
         self.symbols = symbols
-        nn.init.normal_(self._table().weight, 0.0, 0.02)
+        drawn_by(_draw, self._table())
         self.register_load_state_dict_pre_hook(_untie_checkpoint)  # type: ignore[no-untyped-call]
 
     def forward(self, ids: Tensor, state: LookAheadState | None = None) -> tuple[Tensor, LookAheadState]:
@@ -306,10 +309,26 @@ class _TiedOutput(nn.Module):
 
     def __init__(self, symbols: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(symbols, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(symbols, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+def _draw(parameters: dict[str, Tensor | None], mean: float = 0.0) -> None:
+    weight, bias = (parameters.get(name) for name in ("weight", "bias"))
+    if weight is not None:
+        nn.init.normal_(weight, mean, 0.02)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def _draw_norm(parameters: dict[str, Tensor | None]) -> None:
+    _draw(parameters, 1.0)
 
 
 def _same(copy: Tensor, table: Tensor) -> bool:

@@ -92,11 +92,14 @@ class LogarithmicMixing(nn.Module):
         self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
         self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
-        expand = None if expand is None else check_positive("expand", expand, 0)
-        self.expander, self._expand = None, expand or 0
+        self.expander, self._expand = None, 0
         if expand is not None:
-            self.expander = Expander(embedding, expand, init, device=device, dtype=dtype)
+            self._widen(expand, init, device, dtype)
         self._stream = None
+
+    def _widen(self, expand: int, init: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self._expand = check_positive("expand", expand, 0)
+        self.expander = Expander(self.embedding, self._expand, init, device=device, dtype=dtype)
 
     @property
     def expand(self) -> int:

@@ -5,7 +5,8 @@ Read from their dictionaries: a step of a small layer would notice the cost of `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -73,6 +74,14 @@ def expand_of(layer: Any) -> int:
     expander = layer._modules.get("expander")
     # A wrapper around one does not say.
     return 0 if expander is None else getattr(expander, "expand", layer._expand)
+
+
+def drawn_by(draw: Callable[[dict[str, Any]], None], module: nn.Module) -> None:
+    """Draw a module's parameters, now and whenever its ``reset_parameters`` is called: after `torch.nn.Module.to_empty`
+    everyone calls that of every module. Its class stays the one that wrappers and quantisers look for."""
+    # Of its parameters, not of itself: a module that holds on to itself is freed late.
+    module.__dict__["reset_parameters"] = partial(draw, module._parameters)
+    draw(module._parameters)
 
 
 def known_by_weights(kind: Kind) -> Kind:

@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
-from .parameters import is_plain, known_by_weights, parameter, weight_and_bias
+from .parameters import drawn_by, is_plain, known_by_weights, parameter, weight_and_bias
 
 INITS = ("original", "variance_preserving")
+
+
+def preserve_variance(parameters: dict[str, Tensor | None]) -> None:
+    """Draw a convolution so that what it sums varies as one summand does: both children, or 1+k taps of an expander.
+
+    Entries at the ends of a stack sum fewer taps.
+    """
+    weight, bias = (parameters.get(name) for name in ("weight", "bias"))  # of a parametrised one there are none here
+    if weight is not None:
+        nn.init.normal_(weight, std=math.prod(weight.shape[1:]) ** -0.5)
+    if bias is not None:
+        nn.init.zeros_(bias)
 
 
 @known_by_weights
@@ -55,17 +67,17 @@ class Summarizer(LinearMapSummarizer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(bank, 2 * embedding, embedding, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(bank, 1, embedding, device=device, dtype=dtype))
+        # The original draws them twice: so a seed leaves the generator where it does there.
+        make: Any = torch.randn if init == "original" else torch.empty
+        self.weight = nn.Parameter(make(bank, 2 * embedding, embedding, device=device, dtype=dtype))
+        self.bias = nn.Parameter(make(bank, 1, embedding, device=device, dtype=dtype))
         self.init = init
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.init == "original":
-            for parameter in (self.weight, self.bias):
-                nn.init.xavier_normal_(parameter)
-                parameter.mul_(0.1)
+            nn.init.xavier_normal_(self.weight, gain=0.1)
+            nn.init.xavier_normal_(self.bias, gain=0.1)
         else:
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
             nn.init.zeros_(self.bias)
@@ -99,9 +111,7 @@ class ConvSummarizer(LinearMapSummarizer):
         size = bank * embedding
         self.conv = nn.Conv1d(size, size, kernel_size=2, stride=2, groups=groups, device=device, dtype=dtype)
         if init == "variance_preserving":
-            with torch.no_grad():
-                nn.init.normal_(self.conv.weight, std=(2 * size // groups) ** -0.5)
-                nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+            drawn_by(preserve_variance, self.conv)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         conv: Any = self._modules["conv"]
@@ -145,18 +155,16 @@ class DepthwiseSeparableSummarizer(LinearMapSummarizer):
         self.init = init
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """The original has no code for this variant: its init is PyTorch's for such a pair of convolutions."""
+        bound = math.sqrt(0.5 if self.init == "original" else 1.5)
+        nn.init.uniform_(self.scale, -bound, bound)
         if self.init == "original":
-            nn.init.uniform_(self.scale, -math.sqrt(0.5), math.sqrt(0.5))
             bound = self.weight.shape[1] ** -0.5
             nn.init.uniform_(self.weight, -bound, bound)
             nn.init.uniform_(self.bias, -bound, bound)
         else:
-            # cos² + sin² = 1: two independent children of equal variance mix to that variance.
-            angle = torch.empty_like(self.scale[0]).uniform_(0, 2 * math.pi)
-            self.scale.copy_(torch.stack([angle.cos(), angle.sin()]))
+            # a² + b² is 1 on average over features, so that two independent children mix to their own variance.
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
             nn.init.zeros_(self.bias)
 
@@ -187,10 +195,7 @@ class Expander(nn.Module):
             embedding, embedding, kernel_size=1 + expand, device=device, dtype=dtype
         )
         if init == "variance_preserving":
-            with torch.no_grad():
-                # Entries inside a tall stack sum 1+k taps; those at its ends fewer.
-                nn.init.normal_(self.conv_transpose.weight, std=((1 + expand) * embedding) ** -0.5)
-                nn.init.zeros_(self.conv_transpose.bias)  # type: ignore[arg-type]
+            drawn_by(preserve_variance, self.conv_transpose)
 
     def forward(self, stack: Tensor) -> Tensor:
         """``[P, h, m, E]`` → ``[P, h+k, m, E]``."""

@@ -349,3 +349,18 @@ def test_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.share(6) == slice(2, 4)
     with pytest.raises(InputError, match="batch: expected a multiple of the 3 processes, got 4"):
         ranks.share(4)
+
+
+@pytest.mark.parametrize("order", ["another", "none"])
+def test_an_optimizers_state_in_another_order_is_refused(
+    order: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert _run(text, out, "--model", "logmem", "--steps", "2", "--warmup", "1") == 0
+    saved = _load(out)
+    assert saved.order is not None and saved.order[1].endswith("norm1.weight")
+    saved.order = None if order == "none" else saved.order[::-1]
+    saved.save(out / "checkpoint.pt")
+    capsys.readouterr()
+    assert train_lm.main(["--resume", "--out", str(out), "--steps", "3"]) == 2
+    assert "resume: expected an optimizer's state in this version's order" in _complaint(capsys)

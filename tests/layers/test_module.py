@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 import lmn_kernels
 from bench.close import assert_close
 from lmn_kernels import ExpanderSummarizerLogarithmicMemory, LogarithmicMemory, LogarithmicMixing
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_constructors_take_the_original_arguments():
@@ -205,3 +209,69 @@ def test_a_state_on_another_device_is_refused(length):
     layer = LogarithmicMixing(8)
     with pytest.raises(ValueError, match="state: expected device cpu, got meta"):
         layer(torch.zeros(1, length, 8), state=layer.init_state(1, device="meta"))
+
+
+class Original(torch.nn.Module):
+    """The original's parameters alone: their names, in the order that it registers and draws them."""
+
+    def __init__(self, size: int, bank: int, expand: int | None = None):
+        super().__init__()
+        nn = torch.nn
+        self.norm1, self.norm2 = nn.RMSNorm(size), nn.RMSNorm(size)
+        self.summarizer = nn.Module()
+        for name, shape in (("weight", (bank, 2 * size, size)), ("bias", (bank, 1, size))):
+            self.summarizer.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        for parameter in self.summarizer.parameters():
+            nn.init.xavier_normal_(parameter)
+            parameter.data = parameter.data * 0.1
+        self.sva = nn.ModuleDict({name: nn.Linear(size, size) for name in ("q", "k", "v", "out_proj")})
+        self.feedforward = nn.ModuleDict({"fc1": nn.Linear(size, 4 * size), "fc2": nn.Linear(4 * size, size)})
+        if expand is not None:
+            self.expander = nn.ModuleDict({"conv_transpose": nn.ConvTranspose1d(size, size, 1 + expand)})
+
+
+def both(expand: int | None) -> tuple[Original, LogarithmicMemory]:
+    """The original and ours, each from the same seed."""
+    torch.manual_seed(3)
+    original = Original(8, 2, expand)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    ours = LogarithmicMemory(8, 2, 2) if expand is None else ExpanderSummarizerLogarithmicMemory(8, 2, 2, expand)
+    assert torch.equal(torch.get_rng_state(), after), "what is drawn next is drawn alike"
+    return original, ours
+
+
+@pytest.mark.parametrize("expand", [None, 0, 2])
+def test_a_seed_gives_the_originals_parameters_in_its_order(expand):
+    original, ours = both(expand)
+    want, got = dict(original.named_parameters()), dict(ours.named_parameters())
+    assert list(got) == list(want)
+    for name, value in got.items():
+        assert_close(name, value.detach(), want[name].detach(), 1e-6)
+
+
+@pytest.mark.parametrize("case", ["06_linear_L37", "08_conv_L37", "10_expander_L37"])
+def test_the_order_is_that_of_the_originals_files(case):
+    names = [name[6:] for name in numpy.load(GOLDEN / f"{case}.npz").files if name.startswith("param.")]
+    if "expander" in case:
+        layer = ExpanderSummarizerLogarithmicMemory(8, 2, 1, 1)
+    else:
+        layer = LogarithmicMemory(8, 2, 2, summarizer="conv" if "conv" in case else "linear")
+    assert [name for name, _ in layer.named_parameters()] == names
+
+
+@pytest.mark.parametrize("expand", [None, 1])
+def test_states_of_the_originals_optimizers_load_onto_the_right_parameters(expand):
+    original, ours = both(expand)
+    theirs = torch.optim.AdamW(original.parameters())
+    moments = {}
+    for number, (name, parameter) in enumerate(original.named_parameters()):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+        moments[name] = 0.1 * (1.0 + number)
+    theirs.step()
+    optimizer = torch.optim.AdamW(ours.parameters())
+    optimizer.load_state_dict(theirs.state_dict())
+    for name, parameter in ours.named_parameters():
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert moment.shape == parameter.shape and moment.eq(moment.flatten()[0]).all(), name
+        assert moment.flatten()[0].item() == pytest.approx(moments[name]), name
