@@ -36,6 +36,8 @@ def check_float(name: str, value: Tensor, dtype: torch.dtype | None = None) -> N
 def check_shape(name: str, value: Tensor, shape: tuple[int | None, ...], axes: str = "") -> None:
     """``None`` in ``shape`` admits any size; ``axes`` names the axes in the message."""
     got = tuple(value.shape)
+    if got == shape:
+        return
     if len(got) != len(shape) or any(want is not None and want != size for want, size in zip(shape, got, strict=True)):
         expected = "[" + ", ".join("*" if want is None else str(want) for want in shape) + "]"
         raise ValueError(f"{name}: expected shape {axes + ' = ' if axes else ''}{expected}, got {list(got)}")

@@ -47,7 +47,7 @@ def stack_height(level: int, expand: int) -> int:
 
 def state_rows(levels: int, expand: int) -> int:
     """Rows that the newest nodes of levels 1 … ``levels`` take."""
-    return sum(stack_height(i, expand) for i in range(1, levels + 1))
+    return levels + expand * (levels * (levels + 1) // 2)
 
 
 def node_rows(sequences: Sequences, expand: int) -> int:

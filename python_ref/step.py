@@ -8,7 +8,7 @@ new token, level i is summarised again iff bit i of ``(n-1) XOR n`` is set, that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from .around import Around
 from .checks import concrete
-from .layout import constant, stack_height, state_rows
-from .precision import no_autocast
+from .layout import constant, level_count, stack_height, state_rows
 from .tree import LinearMerge, expand_stack, merge_stacks
 
 Merge = Callable[[Tensor, Tensor], Tensor]
+Project = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Slots(NamedTuple):
@@ -40,96 +40,140 @@ def valid_rows(position: Tensor, levels: int, expand: int) -> Tensor:
     return (position[:, None] >> constant(tuple(level), position.device)) > 0
 
 
+class Turn(NamedTuple):
+    """Where the rows of a batch stand, a new token counted.
+
+    Attributes:
+        position: ``[B]`` int64.
+        chain: the highest level that any row may complete; what is above stays.
+        shared: the position of every row, where they stand at the same one and reading it costs nothing: then each
+            completes the levels up to ``chain``, and reads the same slots. Else 0.
+    """
+
+    position: Tensor
+    chain: int
+    shared: int
+
+    @classmethod
+    def of(cls, position: Tensor, levels: int) -> Turn:
+        """At ``position [B]``; without reading it, rows may complete any level that there is room for."""
+        if not concrete(position):
+            return cls(position, levels, 0)
+        rows = position.tolist()
+        if rows and rows.count(rows[0]) == len(rows):
+            return cls(position, (rows[0] & -rows[0]).bit_length() - 1, rows[0])
+        return cls(position, int((position & -position).max()).bit_length() - 1 if rows else 0, 0)
+
+    def completes(self, level: int) -> Tensor:
+        """``[B]``: whether a row completes a level."""
+        return ((self.position - 1) ^ self.position) >> level & 1 > 0
+
+
 def update(
     x: Tensor,
-    position: Tensor,
     token: Tensor,
     nodes: Tensor,
     merge: Merge,
     expand: int,
-    chain: int,
-) -> list[tuple[Tensor, Tensor]]:
+    turn: Turn,
+) -> list[Tensor]:
     """Summarise again what the new tokens complete.
 
     Args:
         x: ``[B, E]`` the new tokens.
-        position: ``[B]`` int64, n after them.
         token: ``[B, E]`` the tokens before them.
         nodes: ``[B, R, m, E]`` the newest nodes before them, level after level.
         merge: two stacks ``[B, h, m, E]`` → ``[B, h+k, m, E]``.
         expand: k.
-        chain: highest level that any row may complete; what is above stays.
+        turn: where the rows stand.
 
     Returns:
-        For levels 1 … chain: ``changed [B]`` and the level's stack ``[B, 1+i·k, m, E]``.
+        For levels 1 … chain the level's stack ``[B, 1+i·k, m, E]``.
     """
     bank, base, levels = nodes.shape[2], 0, []
     left = token[:, None, None, :].expand(-1, 1, bank, -1)
     new = x[:, None, None, :].expand(-1, 1, bank, -1)
-    crossed = (position - 1) ^ position
-    for level in range(1, chain + 1):
+    for level in range(1, turn.chain + 1):
         height = stack_height(level, expand)
-        old = nodes[:, base : base + height]
-        changed = (crossed >> level & 1).bool()
-        new = torch.where(changed[:, None, None, None], merge(left, new), old)
-        levels.append((changed, new))
+        old, merged = nodes[:, base : base + height], merge(left, new)
+        new = merged if turn.shared else torch.where(turn.completes(level)[:, None, None, None], merged, old)
+        levels.append(new)
         left, base = old, base + height
     return levels
 
 
-def advance(x: Tensor, old: Slots, merge: Merge, project: Callable[[Tensor], Tensor], expand: int, chain: int) -> Slots:
+def advance(x: Tensor, old: Slots, merge: Merge, project: Project | None, expand: int, turn: Turn) -> Slots:
     """The state after the tokens ``x [B, E]``; it shares no storage with the old one.
 
     Args:
-        merge, expand, chain: those of `update`.
-        project: nodes ``[…, E]`` → their q and v ``[…, 2E]``.
+        merge, expand, turn: those of `update`.
+        project: nodes ``[…, E]`` → their q and v, each ``[…, E]``; None for a state in which these are nobody's yet,
+            and are the old one's.
     """
-    position = old.position + 1
-    levels = update(x, position, old.token.to(x.dtype), old.nodes.to(x.dtype), merge, expand, chain)
     token = x.to(old.token.dtype, copy=True)
-    if not levels:
-        return Slots(position, token, old.nodes.clone(), old.q.clone(), old.v.clone())
-    count = state_rows(chain, expand)
-    fresh = torch.cat([stack for _, stack in levels], 1)
-    height = [stack_height(level, expand) for level in range(1, chain + 1)]
-    changed = torch.cat([flag[:, None].expand(-1, h) for (flag, _), h in zip(levels, height, strict=True)], 1)
-    new_q, new_v = project(fresh).chunk(2, -1)
+    if not turn.chain:
+        qv = (old.q, old.v) if project is None else (old.q.clone(), old.v.clone())
+        return Slots(turn.position, token, old.nodes.clone(), *qv)
+    levels = update(x, old.token.to(x.dtype), old.nodes.to(x.dtype), merge, expand, turn)
+    fresh = levels[0] if len(levels) == 1 else torch.cat(levels, 1)
+    count, changed = fresh.shape[1], None
+    if not turn.shared:
+        flags = (turn.completes(i)[:, None].expand(-1, stack.shape[1]) for i, stack in enumerate(levels, 1))
+        changed = torch.cat(list(flags), 1)[..., None, None]
 
     def over(new: Tensor, kept: Tensor) -> Tensor:
-        new = torch.where(changed[..., None, None], new.to(kept.dtype), kept[:, :count])
+        new = new.to(kept.dtype)
+        if changed is not None:
+            new = torch.where(changed, new, kept[:, :count])
         return torch.cat([new, kept[:, count:]], 1)
 
-    return Slots(position, token, over(fresh, old.nodes), over(new_q, old.q), over(new_v, old.v))
+    nodes = over(fresh, old.nodes)
+    if project is None:
+        return Slots(turn.position, token, nodes, old.q, old.v)
+    q, v = project(fresh)
+    return Slots(turn.position, token, nodes, over(q, old.q), over(v, old.v))
 
 
-def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor, heads: int) -> Tensor:
+def attend_slots(k: Tensor, q: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
     """Section 4 for one position per row.
 
     Args:
         k: ``[B, E]`` of the current token.
         q, v: ``[B, S, E]`` of the slots.
-        valid: ``[B, S]``, at least one True in each row.
+        valid: ``[B, S]``, at least one True in each row; all where None.
         heads: H.
 
     Returns:
         ``[B, E]`` in the dtype of ``k``; computed in float32 at least.
     """
     wide = torch.promote_types(k.dtype, torch.float32)
-    q, v = (part.to(wide).unflatten(-1, (heads, -1)) for part in (q, v))
-    with no_autocast(k.device):
-        score = torch.einsum("bshd,bhd->bhs", q, k.to(wide).unflatten(-1, (heads, -1))) * q.shape[-1] ** -0.5
-        weight = torch.softmax(score.masked_fill(~valid[:, None], -math.inf), -1)
+    size = k.shape[-1] // heads
+    q, v = (part.to(wide).unflatten(-1, (heads, size)) for part in (q, v))
+    # Sums of products: for vectors cheaper than a product of matrices, and no region of autocast narrows them.
+    score = (q * k.to(wide).view(-1, 1, heads, size)).sum(-1) * size**-0.5
+    if valid is not None:
+        score = score.masked_fill(~valid[..., None], -math.inf)
         v = v.masked_fill(~valid[:, :, None, None], 0)  # which may be NaN, and 0 · NaN is NaN
-        return torch.einsum("bhs,bshd->bhd", weight, v).flatten(1).to(k.dtype)
+    weight = torch.softmax(score, 1)
+    return (weight[..., None] * v).sum(1).flatten(1).to(k.dtype)
 
 
-def attend_state(qkv: Tensor, state: Slots, heads: int, levels: int, expand: int) -> Tensor:
-    """`attend_slots` of the newest tokens, q, k and v of which are ``qkv [B, 3E]``, over a state."""
-    q, k, v = qkv.chunk(3, -1)
-    valid = valid_rows(state.position, levels, expand).repeat_interleave(state.nodes.shape[2], 1)
-    own_q, own_v = q[:, None].to(state.q.dtype), v[:, None].to(state.v.dtype)
-    slots_q, slots_v = torch.cat([own_q, state.q.flatten(1, 2)], 1), torch.cat([own_v, state.v.flatten(1, 2)], 1)
-    return attend_slots(k, slots_q, slots_v, F.pad(valid, (1, 0), value=True), heads)
+def attend_state(own: tuple[Tensor, ...], state: Slots, heads: int, levels: int, expand: int, turn: Turn) -> Tensor:
+    """`attend_slots` of the newest tokens, of which q, k and v are ``own``, each ``[B, E]``, over a state."""
+    (q, k, v), bank = own, state.nodes.shape[2]
+    rows, valid = state.q.shape[1], None
+    if turn.shared:
+        rows = state_rows(level_count(turn.shared), expand)
+    else:
+        valid = valid_rows(state.position, levels, expand).repeat_interleave(bank, 1)
+        valid = F.pad(valid, (1, 0), value=True)
+
+    def slots(newest: Tensor, kept: Tensor) -> Tensor:
+        kept = kept if rows == kept.shape[1] else kept[:, :rows]
+        newest = newest if newest.dtype == kept.dtype else newest.to(kept.dtype)
+        return torch.cat([newest.unsqueeze(1), kept.flatten(1, 2)], 1)
+
+    return attend_slots(k, slots(q, state.q), slots(v, state.v), valid, heads)
 
 
 class Linear(NamedTuple):
@@ -210,35 +254,56 @@ def merge_of(weights: Weights, summarizer: str, bank: int) -> Merge:
     ``"linear"``: weight ``[G, 2C, C]``; ``"pair"``: weight ``[G·C, C, 2]``, that of `torch.nn.Conv1d`;
     ``"separable"``: weight ``[G, C, C]`` and a scale ``[2, G, C]``. The bias has G·C elements each time.
     """
-    weight, bias = weights.summarizer
-    size = bank * weights.q.weight.shape[0]
-    if summarizer == "pair":
-        groups = size // weight.shape[1]
-        weight = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
-    groups, features = weight.shape[0], weight.shape[2]
-    scale = None if weights.scale is None else weights.scale.reshape(2, groups, features)
-    linear = LinearMerge(weight[:, None], bias.reshape(groups, features), scale)
-    expander = weights.expander
-    if expander is None:
-        return lambda left, right: merge_stacks(linear, left, right)
-    return lambda left, right: merge_stacks(linear, expand_stack(left, *expander), expand_stack(right, *expander))
+
+    def merge(left: Tensor, right: Tensor) -> Tensor:
+        weight, bias = weights.summarizer
+        if summarizer == "pair":
+            groups = bank * left.shape[3] // weight.shape[1]
+            weight = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+        groups, features = weight.shape[0], weight.shape[2]
+        scale = None if weights.scale is None else weights.scale.reshape(2, groups, features)
+        if weights.expander is not None:
+            left, right = expand_stack(left, *weights.expander), expand_stack(right, *weights.expander)
+        return merge_stacks(LinearMerge(weight.unsqueeze(1), bias.reshape(groups, features), scale), left, right)
+
+    return merge
 
 
-def chain_of(position: Tensor, levels: int) -> int:
-    """The highest level that any row completes at ``position [B]``; what there is room for where reading it costs."""
-    if not concrete(position):
-        return levels
-    return int((position & -position).max()).bit_length() - 1 if position.numel() else 0
+class TokenStep:
+    """A layer's weights made ready to take tokens: nothing here is a copy or a view of one."""
+
+    def __init__(self, weights: StepWeights, bank: int):
+        self.heads, self.expand = weights.heads, weights.expand
+        self.around, self.named = Around.of_tensors(weights.block, weights.eps), weights.named()
+        self.merge = merge_of(self.named, weights.summarizer, bank)
+
+    def project(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(nodes, *self.named.q), F.linear(nodes, *self.named.v)
+
+    def take(self, x: Tensor, old: Slots, levels: int) -> Slots:
+        """`advance` by tokens ``x [B, E]`` as the mixing sees them, without q and v."""
+        return advance(x, old, self.merge, None, self.expand, Turn.of(old.position + 1, levels))
+
+    def __call__(self, x: Tensor, old: Slots, levels: int, attends: bool = True) -> tuple[Tensor, Slots]:
+        """One token a row, ``x [B, E]``, and the state before it → ``y [B, E]``, zeros unless it ``attends``, and the
+        state after it."""
+        turn, token, named = Turn.of(old.position + 1, levels), self.around.before(x), self.named
+        new = advance(token, old, self.merge, self.project, self.expand, turn)
+        if not attends:
+            return torch.zeros_like(x), new
+        own = F.linear(token, *named.q), F.linear(token, *named.k), F.linear(token, *named.v)
+        mixed = attend_state(own, new, self.heads, levels, self.expand, turn)
+        return self.around.after(x, F.linear(mixed, *named.out)), new
 
 
 def each_token_(
-    x: Tensor, slots: Tensor | None, state: Slots, take: Callable[[Tensor, Slots], tuple[Tensor | None, Slots]]
+    x: Tensor, slots: Tensor | None, state: Slots, take: Callable[[Tensor, Slots], tuple[Tensor, Slots]]
 ) -> Tensor:
     """``take`` one token after the other of the rows that have a slot, and put what it returns in its place.
 
     Args:
         x, slots, state: those of `run_`.
-        take: tokens ``[N, E]`` and the state before them → outputs ``[N, E]``, or None for zeros, and the state after.
+        take: tokens ``[N, E]`` and the state before them → outputs ``[N, E]`` and the state after.
     """
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
@@ -248,8 +313,7 @@ def each_token_(
         y_t, new = take(x[:, t].index_select(0, active), old)
         for part, value in zip(state, new, strict=True):
             part.index_copy_(0, slot, value)
-        if y_t is not None:
-            y[:, t].index_copy_(0, active, y_t.to(y.dtype))
+        y[:, t].index_copy_(0, active, y_t.to(y.dtype))
     return y
 
 
@@ -261,24 +325,8 @@ def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, at
         slots: ``[B]`` the slot of each row, -1 for none; None for the row's own number.
         attends: whether the output is wanted; zeros where it is not.
     """
-    named, expand = weights.named(), weights.expand
-    around = Around.of_tensors(weights.block, weights.eps)
-    bank, rows = state.nodes.shape[2], state.nodes.shape[1]
     levels = 0
-    while state_rows(levels, expand) < rows:
+    while state_rows(levels, weights.expand) < state.nodes.shape[1]:
         levels += 1
-    merge = merge_of(named, weights.summarizer, bank)
-
-    def project(nodes: Tensor) -> Tensor:
-        return torch.cat([F.linear(nodes, *named.q), F.linear(nodes, *named.v)], -1)
-
-    def take(given: Tensor, old: Slots) -> tuple[Tensor | None, Slots]:
-        token = around.before(given)
-        new = advance(token, old, merge, project, expand, chain_of(old.position + 1, levels))
-        if not attends:
-            return None, new
-        qkv = torch.cat([F.linear(token, *pair) for pair in (named.q, named.k, named.v)], -1)
-        mixed = attend_state(qkv, new, weights.heads, levels, expand)
-        return around.after(given, F.linear(mixed, *named.out)), new
-
-    return each_token_(x, slots, state, take)
+    step = TokenStep(weights, state.nodes.shape[2])
+    return each_token_(x, slots, state, lambda given, old: step(given, old, levels, attends))

@@ -224,6 +224,14 @@ def merge_stacks(summarizer: LinearMerge, left: Tensor, right: Tensor) -> Tensor
     """One merge, differentiable any number of times: two stacks ``[P, h, m, E]`` → ``[P, h+k, m, E]``."""
     places, height, bank, _ = left.shape
     expand = summarizer.weight.shape[1] - 1
+    if not expand and summarizer.scale is None:
+        count, _, _, size = summarizer.weight.shape
+        sides = (left, right)
+        if count != bank:
+            sides = left.reshape(places, height, count, size), right.reshape(places, height, count, size)
+        pair = torch.cat(sides, -1).flatten(0, 1).transpose(0, 1)
+        node = torch.baddbmm(summarizer.bias.unsqueeze(1), pair, summarizer.weight.squeeze(1))
+        return node.transpose(0, 1).reshape(left.shape)
     groups = _Groups(summarizer, bank)
     pair = groups.pair(groups.split(torch.stack([left, right], 1).permute(3, 0, 1, 2, 4)))
     taps = torch.bmm(pair, summarizer.weight.transpose(1, 2).flatten(2))

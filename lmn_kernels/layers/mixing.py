@@ -59,6 +59,8 @@ class LogarithmicMixing(nn.Module):
     summarizer: Callable[[Tensor, Tensor], Tensor]
     _stream: MemoryState | None
     _expand: int
+    _ahead = 0  # tokens that `summarize_table` has counted and no memory has seen
+    _bare = False  # whether `sequential` made the stream, which has no use for q and v of nodes
 
     def __init__(
         self,
@@ -160,20 +162,40 @@ class LogarithmicMixing(nn.Module):
             before = self._before(x) if state is None else state
             y, after = sequential.step(self, x, before, obliged=False)
             if streams:
-                self._stream = after
+                return self._keep(y, after)
             return (y, after) if return_state else y
         road = survey(self)
         check_input(self, x, road.weight)
         sequences = Sequences.of(x, lengths, cu_seqlens, max_length, attention_mask)
-        if streams:
-            y, self._stream = parallel.run(self, x, sequences, road, self._stream, True)
-            return y
-        y, new_state = parallel.run(self, x, sequences, road, state, return_state)
+        state = self._own() if streams else state
+        y, new_state = parallel.run(self, x, sequences, road, state, return_state or streams)
+        if streams and new_state is not None:
+            return self._keep(y, new_state)
         return y if new_state is None else (y, new_state)
 
     def _before(self, x: Tensor) -> MemoryState:
         """The layer's own memory, or an empty one for the rows of x."""
-        return self.init_state(x.shape[0]) if self._stream is None else self._stream
+        stream = self._own()
+        return self.init_state(x.shape[0]) if stream is None else stream
+
+    def _own(self, projects: bool = True) -> MemoryState | None:
+        """The layer's own memory, with q and v of its nodes where these are wanted."""
+        if self._ahead:
+            raise RuntimeError(
+                f"ptr: expected {self.ptr - self._ahead}, the tokens that the memory has seen, got {self.ptr}: "
+                "summarize_table() moved it on; reset() puts both to 0"
+            )
+        if projects and self._bare and self._stream is not None:
+            self._stream = original.projected(self, self._stream)
+            self._bare = False
+        return self._stream
+
+    def _keep(self, y: Tensor, stream: MemoryState) -> Tensor:
+        """Make a memory the layer's own, and return what the call that made it returns."""
+        if y.requires_grad:
+            y, stream = original.linked(y, stream)
+        self.__dict__["_stream"] = stream  # without the price of a module's attribute
+        return y
 
     def prefill(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """The layer over a prompt ``x [B, L, E]``, right-padded to ``lengths [B]``: ``(y, state)`` to `step` from."""
@@ -255,12 +277,17 @@ class LogarithmicMixing(nn.Module):
 
     def reset(self) -> None:
         """Forget what ``sequential`` and ``forward`` with ``parallelize=False`` have seen."""
-        self._stream = None
+        self._stream, self._ahead, self._bare = None, 0, False
+
+    def detach(self) -> None:
+        """Cut the layer's own memory off from its graph, and keep its numbers: between two backward passes."""
+        if self._stream is not None:
+            self._stream = self._stream.detach()
 
     @property
     def ptr(self) -> int:
         """Tokens that the layer's own memory has seen; with ``lengths``, what a full row would have seen."""
-        return 0 if self._stream is None else self._stream.max_position
+        return self._ahead + (0 if self._stream is None else self._stream.max_position)
 
     @ptr.setter
     def ptr(self, position: int) -> None:
@@ -286,10 +313,21 @@ class LogarithmicMixing(nn.Module):
         """
         return original.memory_of(self, x)
 
+    def summarize_table(self) -> list[bool]:
+        """Which levels 1, 2, … the next token completes (section 3); counts it in `ptr`, as the original does.
+
+        A memory that has not seen the token takes no other: `reset` before it goes on.
+        """
+        position = self.ptr + 1
+        self._ahead += 1
+        changed = (position - 1) ^ position
+        return [bool(changed >> level & 1) for level in range(1, position.bit_length())]
+
     def sequential(self, x_t: Tensor) -> Tensor:
         """Take one token ``x_t [B, 1, E]`` into the layer's own memory and return its slots ``[B, 1, S, E]``."""
         check_own_memory()
-        slots, self._stream = original.take(self, x_t, self._stream)
+        slots = self._keep(*original.take(self, x_t, self._own(projects=False)))
+        self.__dict__["_bare"] = True
         return slots
 
     def attention(self, memory: Tensor, positions: Tensor | None = None) -> Tensor:

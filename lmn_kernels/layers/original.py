@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from python_ref.checks import check_shape
 from python_ref.layout import Layout, level_count, stack_height, state_rows
 from python_ref.sequences import Sequences
 
+from ..backend.transforms import transformed
 from ..states.memory import MemoryState
 from .parallel import pick, tree_of
 from .parameters import survey
-from .parts import MixingParts, check_input, fit
-from .sequential import advance
+from .parts import MixingParts, check_input, fit, node_qv_of
+from .sequential import advance, plan_of
 
 
 def stacks(layer: MixingParts, stream: MemoryState) -> list[Tensor]:
@@ -43,15 +47,33 @@ def memory_of(layer: MixingParts, x: Tensor) -> Tensor:
 
 
 def take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> tuple[Tensor, MemoryState]:
-    """One token ``x_t [B, 1, E]`` into a stream, or a new one: its slots ``[B, 1, S, E]`` and the stream behind it."""
+    """One token ``x_t [B, 1, E]`` into a stream, or a new one: its slots ``[B, 1, S, E]`` and the stream behind it, the
+    nodes of which have no q and v until they are `projected`."""
+    plan = None if is_compiling() or stream is None else layer.__dict__.get("_plan")
+    if stream is not None and plan is not None and plan.serves(layer, x_t, stream) and plan.fits_shapes(x_t, stream):
+        stream = plan.take(x_t, stream)
+    else:
+        stream = _take(layer, x_t, stream)
+    rows = state_rows(level_count(stream.max_position), layer.expand)
+    nodes = stream.nodes if rows == stream.nodes.shape[1] else stream.nodes[:, :rows]
+    return torch.cat([x_t, nodes.flatten(1, 2).to(x_t.dtype)], 1).unsqueeze(1), stream
+
+
+def _take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> MemoryState:
     road = survey(layer)
     check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     stream = layer.init_state(x_t.shape[0]) if stream is None else stream
-    stream = advance(layer, x_t[:, 0], fit(layer, stream, x_t.shape[0], 1, x_t.device), road)
-    rows = state_rows(level_count(stream.max_position), layer.expand)
-    slots = stream.nodes[:, :rows].flatten(1, 2).to(x_t.dtype)
-    return torch.cat([x_t, slots], 1)[:, None], stream
+    stream = fit(layer, stream, x_t.shape[0], 1, x_t.device)
+    plan_of(layer, x_t, stream, road)
+    return advance(layer, x_t[:, 0], stream, road, projects=False)[0]
+
+
+def projected(layer: MixingParts, stream: MemoryState) -> MemoryState:
+    """A stream that `take` has left, with q and v of its nodes."""
+    q, v = node_qv_of(layer, stream.nodes, survey(layer)).chunk(2, -1)
+    dtype = stream.q.dtype
+    return stream.advanced(stream.slots()._replace(q=q.to(dtype).contiguous(), v=v.to(dtype).contiguous()), 0)
 
 
 def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) -> Tensor:
@@ -72,3 +94,38 @@ def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) 
     valid = (positions[..., None] >> torch.tensor(level, device=memory.device)) > 0
     y: Tensor = layer.sva(memory, valid)
     return y
+
+
+def linked(y: Tensor, stream: MemoryState) -> tuple[Tensor, MemoryState]:
+    """What a call returns and the memory that it leaves to the layer, such that a backward pass that reaches them again
+    through a later call, where an earlier one has freed their graph, says what to do about it."""
+    if is_compiling() or transformed():
+        return y, stream
+    slots = stream.slots()
+    own = [name for name, tensor in slots._asdict().items() if tensor.requires_grad]
+    y, *tensors = _Link.apply(y, *(getattr(slots, name) for name in own))  # type: ignore[no-untyped-call]
+    return y, stream.advanced(slots._replace(**dict(zip(own, tensors, strict=True))), 0)
+
+
+class _Link(torch.autograd.Function):
+    """The identity of several tensors; what a backward pass frees, it frees here as well."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *stream: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y.new_empty(0))
+        # The caller may write into y, and a view that a function of several results made could not be.
+        return (y.clone(), *stream)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        try:
+            ctx.saved_tensors  # noqa: B018
+        except RuntimeError as freed:
+            if "a second time" not in str(freed):
+                raise  # what unpacks saved tensors (a checkpoint) has its own words
+            raise RuntimeError(
+                "parallelize=False: reset() or detach() the layer between two backward passes: its memory goes back to "
+                "calls whose graph an earlier pass has freed (or let that one keep it: retain_graph=True)"
+            ) from freed
+        return grads

@@ -208,7 +208,7 @@ def tree_of(
     if merge is not None:
         return flat, build_tree(flat, merge, sequences, token=token, carried=carried, backend=layer.backend)
     layout = Layout(sequences, layer.expand, flat.device)
-    return flat, build_tree_with(merge_stacks_of(layer), flat, layer.bank, token, carried, layout)
+    return flat, build_tree_with(merge_stacks_of(layer, road), flat, layer.bank, token, carried, layout)
 
 
 def _state_after(

@@ -120,7 +120,7 @@ def survey(layer: Any) -> Road:
     if not _is_known(sva):
         return Road(merges, False, ("sva",), False, expand, _first_weight(layer))
     called = tuple(f"sva.{n}" for n in ("q", "k", "v", "out_proj") if not is_plain_linear(sva._modules[n]))
-    joins = joins_projections(sva)
+    joins = called in ((), ("sva.out_proj",)) and all(_has_plain_tensors(sva._modules[name]) for name in "qkv")
     weight = sva._modules["q"]._parameters.get("weight") if joins else None
     return Road(merges, True, called, joins, expand, _first_weight(layer) if weight is None else weight)
 
@@ -152,8 +152,9 @@ def _calls_its_own(module: Any, forwards: Sequence[Any]) -> bool:
 
 
 def _is_known(module: Any, forwards: Sequence[Any] = _MARKED) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return _calls_its_own(module, forwards) and not hooks and not hooked_everywhere()
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return _calls_its_own(module, forwards) and not hooked_everywhere()
 
 
 def _only_weights(module: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from python_ref.around import Around
 from python_ref.checks import check_device, check_float, check_shape
+from python_ref.tree import merge_stacks
 
 from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
@@ -99,11 +101,12 @@ def check_own_memory() -> None:
             )
 
 
-def merge_stacks_of(layer: MixingParts) -> Callable[[Tensor, Tensor], Tensor]:
+def merge_stacks_of(layer: MixingParts, road: Road) -> Callable[[Tensor, Tensor], Tensor]:
     """The layer's own merge: stacks ``[P, h, m, E]`` of two nodes → the stack ``[P, h+k, m, E]`` of their summary."""
-    summarizer, expander = layer.summarizer, layer.expander
+    summarizer: Any = layer.summarizer
+    expander = layer.expander
     if expander is None:
-        return summarizer
+        return partial(merge_stacks, summarizer.merge()) if road.merges else summarizer
     return lambda left, right: summarizer(expander(left), expander(right))
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from python_ref.checks import check_float, check_shape
-from python_ref.step import Linear
+from python_ref.step import Linear, attend_slots
 
-from .parameters import joins_projections, known_by_weights, weight_and_bias
+from .parameters import is_plain_linear, joins_projections, known_by_weights, weight_and_bias
 
 
 @known_by_weights
@@ -39,6 +39,14 @@ class SingleVectorAttention(nn.Module):
         self.heads = heads
         for name in ("q", "k", "v", "out_proj"):
             self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
+
+    @property
+    def head_dim(self) -> int:
+        return self.embedding // self.heads
+
+    @property
+    def scale(self) -> float:
+        return math.sqrt(self.head_dim)
 
     def token_qkv(self, x: Tensor, joins: bool | None = None) -> Tensor:
         """q, k and v of tokens, by one product where their weights may be joined: ``[..., E]`` → ``[..., 3E]``."""
@@ -71,12 +79,15 @@ class SingleVectorAttention(nn.Module):
         """
         check_float("memory", memory)
         check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
-        qv = self.node_qv(memory).unflatten(-1, (2, self.heads, -1))
-        k = self.k(memory[:, :, 0]).unflatten(-1, (self.heads, -1))
-        score = torch.einsum("blshd,blhd->blsh", qv[:, :, :, 0], k) / math.sqrt(self.embedding // self.heads)
+        places, modules = memory.shape[:2], self._modules
+        rows = memory.flatten(0, 1)
+        q, k, v = _through(modules["q"], rows), _through(modules["k"], rows[:, 0]), _through(modules["v"], rows)
         if valid is not None:
-            score = score.masked_fill(~valid[..., None], -math.inf)
-        weight = torch.softmax(score, 2)
-        mixed = torch.einsum("blsh,blshd->blhd", weight, qv[:, :, :, 1])
-        y: Tensor = self.out_proj(mixed.flatten(2))
-        return y
+            valid = valid.expand(*places, -1).flatten(0, 1)
+        return _through(modules["out_proj"], attend_slots(k, q, v, valid, self.heads).unflatten(0, places))
+
+
+def _through(part: Any, x: Tensor) -> Tensor:
+    """What a projection makes of x: called, unless its weights say all, for the price of a call of a module."""
+    y: Tensor = F.linear(x, part.weight, part.bias) if is_plain_linear(part) else part(x)
+    return y

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from python_ref import step as reference
 from python_ref.around import Around
 from python_ref.checks import check_shape, check_tensor
-from python_ref.step import Slots, StepWeights, Weights
+from python_ref.step import Slots, StepWeights, Turn, Weights
 
 from ..backend import choice, env
 from ..backend.transforms import autocasts, transformed, under_autocast
 from ..ops.library import OPS
 from ..ops.step import check_rows, decode_, keeps
 from ..states.memory import MemoryState
-from .parameters import Road, survey
+from .parameters import Road, survey, weight_and_bias
 from .parts import MixingParts, check_input, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .step_plan import StepPlan
 
@@ -31,9 +31,18 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
         check_tensor("x_t", x_t)
         road = survey(layer)
         if served_by(layer, x_t, state, road, obliged) == "reference":
-            return _by_reference(layer, x_t, _check_step(layer, x_t, state, road), road)
+            state = _check_step(layer, x_t, state, road)
+            plain = plain_weights(layer, x_t, road)
+            if plain is None:
+                return _by_reference(layer, x_t, state, road)
+            if unserved(layer, x_t):
+                make_plan(layer, plain, "reference")
+            y, slots = reference.TokenStep(plain, layer.bank)(x_t[:, 0], state.slots(), state.levels)
+            after = state.advanced(slots)
+            check_recomputation(state, after)
+            return y[:, None], after
         weights, whole = weights_of(layer, road)
-        plan = make_plan(layer, weights) if whole else None
+        plan = make_plan(layer, weights, "cpp") if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
             return _by_operation(layer, x_t, _check_step(layer, x_t, state, road), weights, whole)
     try:
@@ -50,7 +59,8 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
     plan: StepPlan | None = layer.__dict__.get("_plan")
     with torch.no_grad():
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
-        if plan is not None and not debugged and not is_compiling() and plan.serves(layer, x, state):
+        usable = plan is not None and plan.in_place and not debugged and not is_compiling()
+        if usable and plan is not None and plan.serves(layer, x, state):
             return plan.step_(x, state, slots)
         road = survey(layer)
         check_input(layer, x, road.weight)
@@ -61,7 +71,7 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
             return _pool_by_modules(layer, x, state, slots, road)
         weights, whole = weights_of(layer, road)
         if whole and backend != "reference":
-            make_plan(layer, weights)
+            make_plan(layer, weights, backend)
         if whole:
             return decode_(x, state, weights, slots=slots, backend=backend)
         around = layer.around()
@@ -102,12 +112,12 @@ def weights_of(layer: MixingParts, road: Road) -> tuple[StepWeights, bool]:
     return weights._replace(block=block, eps=eps), True
 
 
-def make_plan(layer: Any, weights: StepWeights) -> StepPlan | None:
+def make_plan(layer: Any, weights: StepWeights, backend: str) -> StepPlan | None:
     """What the next steps need not find out again; None where it might not hold for them."""
     layer.__dict__.pop("_plan", None)
     if is_compiling() or torch._C._len_torch_dispatch_stack() or not StepPlan.fits(layer, weights):
         return None
-    plan = layer.__dict__["_plan"] = StepPlan(layer, weights, layer.step_backend)
+    plan = layer.__dict__["_plan"] = StepPlan(layer, weights, backend)
     return plan
 
 
@@ -121,6 +131,8 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road, oblige
         BackendError: the extension was asked for by name, and cannot serve; the message has every reason.
     """
     device, asked = x_t.device, choice.wanted(layer.step_backend, "step")
+    if asked == "reference":
+        return asked
     given = (x_t, *state.slots()) if isinstance(state, MemoryState) else (x_t,)
     parameters, reasons = list(layer.parameters()), []
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *parameters)):
@@ -145,14 +157,25 @@ def served_by(layer: MixingParts, x_t: Tensor, state: object, road: Road, oblige
     return "reference" if reasons else choice.resolve(layer.step_backend, "step", device, x_t.dtype)
 
 
-def advance(layer: MixingParts, x: Tensor, state: MemoryState, road: Road) -> MemoryState:
-    """The state after the tokens ``x [B, E]``, which has room for them."""
-    chain = reference.chain_of(state.position + 1, state.levels)
-    project = partial(node_qv_of, layer, road=road)
-    new = reference.advance(x, state.slots(), merge_stacks_of(layer), project, layer.expand, chain)
-    after = state.advanced(new)
+def advance(
+    layer: MixingParts, x: Tensor, state: MemoryState, road: Road, projects: bool = True
+) -> tuple[MemoryState, Turn]:
+    """The state after the tokens ``x [B, E]``, which has room for them, and where its rows stand.
+
+    Args:
+        projects: whether its nodes get their q and v.
+    """
+    turn = Turn.of(state.position + 1, state.levels)
+
+    def project(nodes: Tensor) -> tuple[Tensor, ...]:
+        if road.joins:
+            return tuple(F.linear(nodes, *weight_and_bias(layer.sva._modules[name])) for name in "qv")
+        return node_qv_of(layer, nodes, road).chunk(2, -1)
+
+    merge, given = merge_stacks_of(layer, road), project if projects else None
+    after = state.advanced(reference.advance(x, state.slots(), merge, given, layer.expand, turn))
     check_recomputation(state, after)
-    return after
+    return after, turn
 
 
 def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> MemoryState:
@@ -162,13 +185,44 @@ def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road)
     return fit(layer, state, x_t.shape[0], 1, x_t.device)
 
 
+def unserved(layer: MixingParts, x_t: Tensor) -> bool:
+    """Whether nothing but the reference would serve a step of such tokens, whatever surrounds it, now that no gradients
+    are recorded."""
+    if torch.is_grad_enabled() or transformed():
+        return False
+    asked = choice.wanted(layer.step_backend, "step")
+    chosen, reason = choice.choose(asked, "step", x_t.device, x_t.dtype)
+    return chosen == "reference" or (asked == "auto" and reason is not None)
+
+
+def plan_of(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> None:
+    """Make a plan for tokens that are not stepped with."""
+    weights = None if torch.is_grad_enabled() else plain_weights(layer, x_t, road)
+    if weights is None:
+        return
+    if unserved(layer, x_t):
+        make_plan(layer, weights, "reference")
+    elif served_by(layer, x_t, state, road, obliged=False) == "cpp":
+        make_plan(layer, weights, "cpp")
+
+
+def plain_weights(layer: MixingParts, x_t: Tensor, road: Road) -> StepWeights | None:
+    """The weights, where they are plain tensors that say all of the layer, and nothing casts."""
+    same = road.weight is not None and x_t.dtype == road.weight.dtype
+    if not same or not road.merges or road.called or is_compiling() or autocasts(x_t.device.type):
+        return None
+    weights, whole = weights_of(layer, road)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*weights.tensors, *weights.block))
+    return weights if whole and plain else None
+
+
 def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> tuple[Tensor, MemoryState]:
     around = layer.around()
     x = under_autocast(around.before(x_t)[:, 0])
-    state = advance(layer, x, state, road)
+    state, turn = advance(layer, x, state, road)
     if road.attends:
-        qkv = layer.sva.token_qkv(x, road.joins)
-        mixed = reference.attend_state(qkv, state.slots(), layer.heads, state.levels, layer.expand)
+        own = layer.sva.token_qkv(x, road.joins).chunk(3, -1)
+        mixed = reference.attend_state(own, state.slots(), layer.heads, state.levels, layer.expand, turn)
         return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
     valid = state.valid().repeat_interleave(layer.bank, 1)
     nodes = state.nodes.flatten(1, 2).masked_fill(~valid[..., None], 0).to(x.dtype)

@@ -17,22 +17,32 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
-from python_ref.step import StepWeights
+from python_ref.layout import state_rows
+from python_ref.step import Slots, StepWeights, TokenStep
 
+from ..backend.transforms import autocasts, transformed
 from ..states.memory import MemoryState
 
 _new, _set = object.__new__, object.__setattr__
 
 
 class StepPlan:
-    """A layer's weights as the extension holds them (csrc/layer.cpp, ``Layer``), and where they came from."""
+    """A layer's weights as the extension holds them (csrc/layer.cpp, ``Layer``), and where they came from.
 
-    __slots__ = ("backend", "expand", "heads", "native")
+    Args:
+        owner: the layer.
+        weights: its own.
+        served: who takes the steps, ``"cpp"`` or ``"reference"``, which holds them in an `Interpreted`.
+    """
+
+    __slots__ = ("backend", "expand", "heads", "in_place", "native", "reference", "shape")
 
     native: Any
 
-    def __init__(self, owner: nn.Module, weights: StepWeights, backend: str):
-        self.expand, self.heads, self.backend = weights.expand, weights.heads, backend
+    def __init__(self, owner: Any, weights: StepWeights, served: str):
+        self.expand, self.heads, self.backend = weights.expand, weights.heads, owner.step_backend
+        self.in_place, self.reference = served != "reference", TokenStep(weights, owner.bank)
+        self.shape = owner.bank, owner.embedding
         modules: list[Any] = list(owner.modules())[1:]
         # (dictionary, key, what was found there)
         sources = [
@@ -45,8 +55,11 @@ class StepPlan:
         hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
         # Of each module the class that it was of, and where a forward of its own would stand.
         plain = tuple((module, type(module), module.__dict__) for module in modules)
-        extension = importlib.import_module("lmn_kernels._C")
-        self.native = extension.Layer(*weights, tuple(owner._modules.items()), tuple(sources), hooks, plain)
+        found = tuple(owner._modules.items()), tuple(sources), hooks, plain
+        if self.in_place:
+            self.native = importlib.import_module("lmn_kernels._C").Layer(*weights, *found)
+        else:
+            self.native = Interpreted(self.reference, self.shape, weights.tensors[0], *found)
 
     @staticmethod
     def fits(owner: nn.Module, weights: StepWeights) -> bool:
@@ -90,7 +103,71 @@ class StepPlan:
         })  # fmt: skip
         return y, new
 
+    def fits_shapes(self, x_t: Tensor, state: MemoryState) -> bool:
+        """Whether the shapes are those of the layer; the extension checks for itself."""
+        return belong(x_t, state.slots(), *self.shape)
+
+    def take(self, x_t: Tensor, state: MemoryState) -> MemoryState:
+        """`step` without an output, of a token as the mixing sees it; q and v of new nodes are nobody's."""
+        state = state.with_room(state.max_position + 1)
+        return state.advanced(self.reference.take(x_t[:, 0], state.slots(), state.levels))
+
     def step_(self, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
         y: Tensor = self.native.decode_(x, slots, state.position, state.token, state.nodes, state.q, state.v)
         state.note_tokens(x.shape[1])
         return y
+
+
+def belong(x_t: Tensor, slots: Slots, bank: int, size: int) -> bool:
+    """Whether a token and a state have a layer's shapes, and lie on one device."""
+    position, token, nodes, q, v = slots
+    shape, tokens = (*position.shape, *nodes.shape[1:2], bank, size), (*position.shape, size)
+    same = shape == nodes.shape == q.shape == v.shape and tokens == token.shape
+    mine = x_t.shape == (*position.shape, 1, size) and x_t.device == nodes.device
+    return same and mine and position.dtype == torch.int64
+
+
+class Interpreted:
+    """What csrc/layer.cpp has as ``Layer``, for the reference: the same fields, the same questions."""
+
+    __slots__ = ("children", "dtype", "hooks", "plain", "shape", "sources", "step_of", "weight")
+
+    def __init__(
+        self,
+        step_of: TokenStep,
+        shape: tuple[int, int],
+        weight: Tensor,
+        children: tuple[tuple[str, Any], ...],
+        sources: tuple[tuple[dict[str, Any], str, Any], ...],
+        hooks: tuple[dict[int, Any], ...],
+        plain: tuple[tuple[Any, type, dict[str, Any]], ...],
+    ):
+        self.children, self.sources, self.hooks, self.plain = children, sources, hooks, plain
+        self.step_of, self.shape, self.weight = step_of, shape, weight
+        self.dtype = weight.dtype  # the eps of a norm that has none of its own goes by it
+
+    def ready(self, modules: dict[str, Any], x: Any, token: Tensor) -> bool:
+        """Whether nothing has changed, and x is a plain tensor of the layer's kind without gradients to record."""
+        weight = self.weight
+        if type(x) is not Tensor or torch.is_grad_enabled() or autocasts(weight.device.type) or transformed():
+            return False
+        if not x.dtype == weight.dtype == self.dtype or x.device != weight.device:
+            return False
+        if torch._C._len_torch_dispatch_stack():
+            return False
+        return (
+            len(modules) == len(self.children)
+            and all(modules.get(name) is child for name, child in self.children)
+            and all(type(module) is kind and "forward" not in own for module, kind, own in self.plain)
+            and all(holder.get(name) is value for holder, name, value in self.sources)
+            and not any(self.hooks)
+        )
+
+    def step(self, x: Tensor, position: Tensor, token: Tensor, nodes: Tensor, q: Tensor, v: Tensor) -> tuple[Any, ...]:
+        slots, levels = Slots(position, token, nodes, q, v), 0
+        if not belong(x, slots, *self.shape):
+            raise ValueError("x_t, state: expected those of the layer")  # which has words for what is wrong
+        while state_rows(levels, self.step_of.expand) < nodes.shape[1]:
+            levels += 1
+        y, slots = self.step_of(x[:, 0], slots, levels)
+        return (y[:, None], *slots)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 from python_ref.tree import LinearMerge, expand_stack, merge_stacks
 
@@ -45,10 +46,22 @@ class LinearMapSummarizer(nn.Module):
         """The map as the operations take it."""
         raise NotImplementedError(f"{type(self).__name__} must define merge()")
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """``left, right [..., m, E]`` → node ``[..., m, E]``."""
+    def forward(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        """``left, right [..., m, E]`` → node ``[..., m, E]``; or what the original calls it with (`of_pairs`)."""
+        if right is None:
+            return self.of_pairs(left)
         flat = [part.reshape(-1, 1, *part.shape[-2:]) for part in (left, right)]
         return merge_stacks(self.merge(), *flat).reshape(left.shape)
+
+    def of_pairs(self, pairs: Tensor) -> Tensor:
+        """P pairs, left and right side by side, ``[..., m, P, 2E]`` → their nodes ``[..., m, P, E]``."""
+        bank, *_, size = self.merge().weight.shape
+        check_float("pairs", pairs)
+        check_shape(
+            "pairs", pairs, (*[None] * (pairs.dim() - 3), bank, None, 2 * size), "[..., bank, pairs, 2·embedding]"
+        )
+        left, right = pairs.transpose(-2, -3).chunk(2, -1)
+        return self.forward(left, right).transpose(-2, -3)
 
 
 class Summarizer(LinearMapSummarizer):
@@ -113,7 +126,21 @@ class ConvSummarizer(LinearMapSummarizer):
         if init == "variance_preserving":
             drawn_by(preserve_variance, self.conv)
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def of_pairs(self, pairs: Tensor) -> Tensor:
+        """Pairs of neighbours among S nodes, ``[..., m, S, E]`` → ``[..., m, S // 2, E]``, as the original has them."""
+        check_float("pairs", pairs)
+        size = self.conv.in_channels
+        if pairs.dim() < 3 or pairs.shape[-3] * pairs.shape[-1] != size:
+            raise ValueError(
+                f"pairs: expected shape [..., bank, nodes, embedding] with bank · embedding = {size}, "
+                f"got {list(pairs.shape)}"
+            )
+        left, right = pairs[..., : pairs.shape[-2] // 2 * 2, :].transpose(-2, -3).unflatten(-3, (-1, 2)).unbind(-3)
+        return self.forward(left, right).transpose(-2, -3)
+
+    def forward(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        if right is None:
+            return self.of_pairs(left)
         conv: Any = self._modules["conv"]
         if is_plain(conv, nn.Conv1d):
             return super().forward(left, right)

@@ -275,3 +275,41 @@ def test_states_of_the_originals_optimizers_load_onto_the_right_parameters(expan
         moment = optimizer.state[parameter]["exp_avg"]
         assert moment.shape == parameter.shape and moment.eq(moment.flatten()[0]).all(), name
         assert moment.flatten()[0].item() == pytest.approx(moments[name]), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "depthwise_separable"])
+def test_a_summarizer_takes_pairs_side_by_side_as_the_originals_does(kind):
+    summarizer = LogarithmicMixing(8, bank=3, summarizer=kind).summarizer
+    for lead in ((2,), (2, 4), ()):
+        pairs = torch.randn(*lead, 3, 5, 16)
+        nodes = summarizer(pairs)
+        left, right = pairs.transpose(-2, -3).chunk(2, -1)
+        assert nodes.shape == (*lead, 3, 5, 8)
+        assert_close("nodes", nodes.transpose(-2, -3).detach(), summarizer(left, right).detach(), 1e-6)
+    if kind == "linear":
+        literal = torch.einsum("...ijk,ikl->...ijl", pairs, summarizer.weight) + summarizer.bias
+        assert_close("nodes", nodes.detach(), literal.detach(), 1e-6)
+    for wrong in ((3, 5, 8), (2, 5, 16), (16,)):
+        with pytest.raises(ValueError, match="pairs: expected shape .* got"):
+            summarizer(torch.randn(wrong))
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_mixed"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_convolutional_summarizer_takes_neighbours_as_the_originals_does(kind, plain):
+    summarizer = LogarithmicMixing(8, bank=3, summarizer=kind).summarizer
+    if not plain:
+        summarizer.conv.register_forward_hook(lambda *_: None)
+    for count in (6, 7, 1):
+        nodes = torch.randn(2, 3, count, 8)
+        literal = summarizer.conv(nodes.transpose(-1, -2).reshape(2, 24, count)) if count > 1 else torch.zeros(2, 24, 0)
+        got = summarizer(nodes)
+        assert got.shape == (2, 3, count // 2, 8)
+        assert_close("nodes", got.detach(), literal.unflatten(1, (3, 8)).transpose(-1, -2).detach(), 1e-6)
+    with pytest.raises(ValueError, match=r"pairs: expected shape .* bank · embedding = 24, got \[2, 3, 4, 7\]"):
+        summarizer(torch.randn(2, 3, 4, 7))
+
+
+def test_the_attention_says_how_wide_a_head_is_and_by_what_scores_are_divided():
+    sva = LogarithmicMemory(12, 3).sva
+    assert (sva.head_dim, sva.scale) == (4, 2.0)

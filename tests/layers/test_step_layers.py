@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from bench.close import TOLERANCE, assert_close
-from lmn_kernels import LogarithmicMemory
+from lmn_kernels import LogarithmicMemory, LogarithmicMixing
+from tests.layers.test_step_plan import CHANGES as OTHERS
 from tests.support.stepping import (
     BY_NAME,
     agree_on_state,
@@ -312,3 +313,37 @@ def test_a_row_without_a_slot_is_zero_behind_a_block_of_other_parts(backend):
     y = layer.step_(x, pool, torch.tensor([-1, 0]))
     assert torch.equal(y[0], torch.zeros(3, 12))
     assert_close("y", y[1:], layer(x[1:]), TOLERANCE[torch.float32][0])
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_plan_of_the_reference_steps_as_the_layer_is_now(change):
+    layer = LogarithmicMemory(16, 2, 2, init="variance_preserving", step_backend="reference").eval()
+    state = layer.init_state(3)
+    with torch.no_grad():
+        for x in torch.randn(3, 3, 1, 16):
+            _, state = layer.step(x, state)
+        kept = layer.__dict__["_plan"]
+        assert kept.serves(layer, x, state)
+        OTHERS[change](layer)
+        y = layer.step(x, state)[0]
+    expected, _ = layer.step(x, state)
+    assert expected.requires_grad, "a step with gradients has no plan"
+    assert_close(change, y, expected.detach(), TOLERANCE[torch.float32][0])
+
+
+def test_rows_that_stand_together_step_as_rows_that_do_not():
+    """The same rows among others that stand elsewhere, for which levels and slots are told apart by masks."""
+    layer = LogarithmicMixing(12, 3, 2, expand=1, init="variance_preserving", dtype=torch.float64)
+    x = torch.randn(3, 20, 12, dtype=torch.float64)
+    together, apart = layer.init_state(3), layer.init_state(4)
+    with torch.no_grad():
+        _, shifted = layer.prefill(x[:1, :5])
+        apart = apart._map(torch.clone).with_room(40)
+        apart.restore(shifted, torch.tensor([3]))
+        for t in range(20):
+            y, together = layer.step(x[:, t : t + 1], together)
+            both, apart = layer.step(torch.cat([x, x[:1]])[:, t : t + 1], apart)
+            assert_close("y", both[:3], y, 1e-12)
+            for name in ("nodes", "q", "v"):
+                mine, theirs = getattr(together, name), getattr(apart, name)[:3]
+                assert_close(name, theirs[:, : mine.shape[1]], mine, 1e-12)

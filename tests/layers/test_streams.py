@@ -171,3 +171,164 @@ def test_autocast_leaves_float64_alone(kind):
     with torch.autocast("cpu", torch.bfloat16):
         again, state = layer(x, return_state=True)
         assert torch.equal(again, y) and torch.equal(layer.step(x[:, :1], state)[0], after)
+
+
+class Forms:
+    """The ways of a token or a chunk into the layer's own memory, ``[B, T, E]`` → a tensor to differentiate."""
+
+    @staticmethod
+    def chunk(layer, x):
+        return layer(x)
+
+    @staticmethod
+    def token(layer, x):
+        return torch.cat([layer(x_t) for x_t in x.split(1, 1)], 1)
+
+    @staticmethod
+    def memory(layer, x):
+        return torch.cat([layer.attention(layer.sequential(x_t)) for x_t in x.split(1, 1)], 1)
+
+
+every_form = pytest.mark.parametrize("form", [Forms.chunk, Forms.token, Forms.memory], ids=lambda f: f.__name__)
+both_kinds = pytest.mark.parametrize("kind", [LogarithmicMixing, LogarithmicMemory])
+
+
+@every_form
+@both_kinds
+def test_a_second_backward_says_what_to_do_and_then_runs(kind, form):
+    layer, x = kind(12, 3, 2, False, dtype=F64), torch.randn(2, 8, 12, dtype=F64)
+    form(layer, x[:, :3]).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parallelize=False: reset\(\) or detach\(\) the layer between"):
+        form(layer, x[:, 3:]).sum().backward()
+    layer.reset()
+    form(layer, x[:, :3]).sum().backward()
+    before, numbers = layer._stream, [level.clone() for level in layer.memory]
+    layer.detach()
+    assert layer.ptr == 3 and layer._stream is not before and not layer._stream.nodes.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(layer.memory, numbers, strict=True))
+    form(layer, x[:, 3:]).sum().backward()
+    layer.reset()
+    layer.detach()
+    assert layer.memory is None
+
+
+@pytest.mark.parametrize("form", [Forms.chunk, Forms.token], ids=lambda f: f.__name__)
+@both_kinds
+def test_after_detach_the_gradient_is_that_of_a_state_cut_off(kind, form):
+    layer, x = kind(12, 3, 2, False, dtype=F64, init="variance_preserving"), torch.randn(2, 8, 12, dtype=F64)
+    form(layer, x[:, :3])
+    layer.detach()
+    got = gradients(layer, form(layer, x[:, 3:]))
+    layer.parallelize = True
+    _, state = layer.prefill(x[:, :3])
+    want = gradients(layer, layer(x[:, 3:], state=state.detach()))
+    assert_same_gradients([name for name, _ in layer.named_parameters()], got, want, GRADIENT)
+
+
+@every_form
+def test_one_backward_over_chunks_and_kept_graphs_go_on(form):
+    layer, x = streaming(dtype=F64), torch.randn(2, 8, 12, dtype=F64)
+    parameters = list(layer.parameters())
+
+    def losses():
+        layer.reset()
+        return [form(layer, part).square().sum() for part in x.split((3, 4, 1), 1)]
+
+    def grads(loss, **options):
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, **options)
+        return torch.cat([g.flatten() for g in found])
+
+    want = grads(sum(losses()))
+    one, two, three = losses()
+    got = grads(one, retain_graph=True) + grads(two, retain_graph=True) + grads(three)
+    assert_close("kept graphs", got, want, GRADIENT)
+    _, two, three = losses()
+    assert grads(two, create_graph=True).requires_grad
+    assert grads(grads(three, create_graph=True).square().sum()).abs().sum() > 0
+
+
+def test_what_a_stream_returns_may_be_written_to():
+    for layer in (streaming(), LogarithmicMixing(12, 3, 2, False)):
+        y = layer(torch.randn(2, 3, 12))
+        y += 1
+        y.mul_(2).sum().backward()
+
+
+def test_a_frozen_layer_streams_for_gradients_of_its_input_alone():
+    layer, x = streaming(dtype=F64).requires_grad_(False), torch.randn(2, 6, 12, dtype=F64, requires_grad=True)
+    got = torch.autograd.grad(sum(layer(part).square().sum() for part in x.split(2, 1)), x)[0]
+    layer.parallelize = True
+    assert_close("x", got, torch.autograd.grad(layer(x).square().sum(), x)[0], GRADIENT)
+
+
+def test_no_node_is_added_where_no_gradient_is_recorded():
+    layer = streaming()
+    with torch.no_grad():
+        assert layer(torch.randn(2, 3, 12)).grad_fn is None
+    layer.parallelize = True
+    assert "Link" not in type(layer(torch.randn(2, 3, 12)).grad_fn).__name__
+
+
+def test_the_table_of_what_is_summarised_is_the_originals():
+    layer = streaming()
+    tables = [layer.summarize_table() for _ in range(8)]
+    assert tables == [
+        [], [True], [False], [True, True], [False, False], [True, False], [False, False], [True, True, True]
+    ]  # fmt: skip
+    assert layer.ptr == 8
+    x = torch.randn(2, 2, 12)
+    for call in (lambda: layer(x), lambda: layer(x[:, :1]), lambda: layer.sequential(x[:, :1])):
+        with pytest.raises(
+            RuntimeError, match=r"ptr: expected 0, the tokens that the memory has seen, got 8: .*reset\(\)"
+        ):
+            call()
+    layer.ptr = 0
+    layer(x)
+    assert layer.ptr == 2 and layer.summarize_table() == [False] and layer.ptr == 3
+    layer.memory = None
+    assert layer.ptr == 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("expand", [None, 1])
+def test_memory_tensors_tokens_and_chunks_may_alternate(expand, grad):
+    layer = LogarithmicMixing(12, 3, 2, False, expand=expand, init="variance_preserving", dtype=F64)
+    x = torch.randn(2, 19, 12, dtype=F64)
+    with torch.set_grad_enabled(grad):
+        ways = [Forms.memory, Forms.token, Forms.memory, Forms.chunk, Forms.token, Forms.memory]
+        y = torch.cat([way(layer, part) for way, part in zip(ways, x.split((5, 1, 6, 3, 2, 2), 1), strict=True)], 1)
+        layer.parallelize = True
+        assert_close("y", y, layer(x), VALUE)
+    if grad:
+        names = [name for name, _ in layer.named_parameters()]
+        assert_same_gradients(names, gradients(layer, y), gradients(layer, layer(x)), GRADIENT)
+
+
+class Sum(torch.nn.Module):
+    def forward(self, left, right):
+        return left + right
+
+
+@pytest.mark.parametrize("change", ["weight", "data", "hook", "summarizer"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_memory_tensors_hear_of_a_change_to_the_summarizer(change, backend):
+    layer = LogarithmicMixing(12, 3, 2, False, init="variance_preserving", step_backend=backend)
+    x = torch.randn(2, 8, 12)
+    with torch.no_grad():
+        for x_t in x[:, :7].split(1, 1):
+            layer.sequential(x_t)
+        assert "_plan" in layer.__dict__
+        if change == "weight":
+            layer.summarizer.weight = torch.nn.Parameter(layer.summarizer.weight * 2)
+        elif change == "data":
+            layer.summarizer.weight.data = layer.summarizer.weight.data * 2
+        elif change == "hook":
+            layer.summarizer.register_forward_hook(lambda module, inputs, node: node * 2)
+        else:
+            layer.summarizer = Sum()
+        merge, before = layer.summarizer, [level[:, :, 0] for level in layer.memory]
+        slots = layer.sequential(x[:, 7:])
+        expected = [merge(*(x[:, t, None].expand(-1, 2, -1) for t in (6, 7)))]
+        for left in before[1:]:
+            expected.append(merge(left, expected[-1]))
+    assert_close("slots", slots[:, 0], torch.cat([x[:, 7:], *expected], 1), 1e-6)

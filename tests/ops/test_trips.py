@@ -33,7 +33,7 @@ def test_a_later_step_is_three_calls_and_the_extensions():
         _, state = layer.prefill(torch.randn(2, 5, 32))
         _, state = layer.step(x, state)
         later = trip(lambda: layer.step(x, state))
-    if "_plan" in layer.__dict__:  # where the extension is built
+    if layer.__dict__["_plan"].in_place:  # where the extension is built
         assert later.calls <= 5 and later.files <= 3
     else:
-        assert later.changes <= 45
+        assert later.changes <= 15
