@@ -18,11 +18,13 @@ class Around(NamedTuple):
     Attributes:
         norm1: before the mixing, behind which x is added; None where nothing surrounds it.
         norm2, feedforward: of the second half, or None.
+        drop: what the mixing's result goes through first, or None.
     """
 
     norm1: Part | None = None
     norm2: Part | None = None
     feedforward: Part | None = None
+    drop: Part | None = None
 
     def before(self, x: Tensor) -> Tensor:
         """What the mixing sees."""
@@ -30,6 +32,8 @@ class Around(NamedTuple):
 
     def after(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output for x and what the mixing made of `before`."""
+        if self.drop is not None:
+            mixed = self.drop(mixed)
         if self.norm1 is None:
             return mixed
         x = x + mixed

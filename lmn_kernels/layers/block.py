@@ -12,24 +12,34 @@ from python_ref.around import Around
 from python_ref.checks import check_positive
 
 from .mixing import LogarithmicMixing
-from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
+from .parameters import drops_nothing, is_plain, is_plain_linear, parameter, weight_and_bias
+from .parts import make_dropout
 
 
 class FeedForward(nn.Module):
-    """``Linear(E, F) → SiLU → Linear(F, E)``."""
+    """``Linear(E, F) → SiLU → Linear(F, E)``, then dropout."""
 
     def __init__(
-        self, embedding: int, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        embedding: int,
+        width: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
     ):
         super().__init__()
         embedding, width = check_positive("embedding", embedding), check_positive("width", width)
-        self.fc1 = nn.Linear(embedding, width, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(width, embedding, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(embedding, width, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(width, embedding, bias=bias, device=device, dtype=dtype)
         self.activation = nn.SiLU()
+        self.drop = make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return y
+        drop = self._modules.get("drop")
+        return y if drop is None else drop(y)
 
 
 class LogarithmicMemory(LogarithmicMixing):
@@ -57,6 +67,8 @@ class LogarithmicMemory(LogarithmicMixing):
         backend: str = "auto",
         step_backend: str | None = None,
         lean: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _expand: int | None = None,
@@ -71,6 +83,8 @@ class LogarithmicMemory(LogarithmicMixing):
             backend=backend,
             step_backend=step_backend,
             lean=lean,
+            dropout=dropout,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -83,7 +97,7 @@ class LogarithmicMemory(LogarithmicMixing):
         if feedforward_mult:
             width = check_positive("feedforward_mult · embedding", round(feedforward_mult * embedding))
             self.norm2 = nn.RMSNorm(embedding, device=device, dtype=dtype)
-            self.feedforward = FeedForward(embedding, width, device=device, dtype=dtype)
+            self.feedforward = FeedForward(embedding, width, device, dtype, bias=bias, dropout=dropout)
         # The order of parameters, and of drawing them, is the original's: states of optimizers go by it.
         for name in [name for name in ("summarizer", "sva", "feedforward") if name in self._modules]:
             self._modules[name] = self._modules.pop(name)
@@ -92,12 +106,12 @@ class LogarithmicMemory(LogarithmicMixing):
         self.register_load_state_dict_pre_hook(_unpack_notebook_checkpoint)  # type: ignore[no-untyped-call]
 
     def around(self) -> Around:
-        return Around(self.norm1, self.norm2, self.feedforward)
+        return Around(*map(self._modules.get, ("norm1", "norm2", "feedforward", "drop")))
 
     def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         modules: dict[str, Any] = self._modules
         norm1, norm2, feedforward = (modules.get(name) for name in ("norm1", "norm2", "feedforward"))
-        if not _is_plain_norm(norm1):
+        if not (_is_plain_norm(norm1) and drops_nothing(modules.get("drop"))):
             return None
         if feedforward is None or norm2 is None:
             return (parameter(norm1, "weight"),), (_eps(norm1),)
@@ -105,6 +119,8 @@ class LogarithmicMemory(LogarithmicMixing):
             return None
         up, down, activation = (feedforward._modules[name] for name in ("fc1", "fc2", "activation"))
         if not (is_plain_linear(up) and is_plain_linear(down) and is_plain(activation, nn.SiLU)):
+            return None
+        if not drops_nothing(feedforward._modules.get("drop")):
             return None
         norms = parameter(norm1, "weight"), parameter(norm2, "weight")
         return (*norms, *weight_and_bias(up), *weight_and_bias(down)), (_eps(norm1), _eps(norm2))

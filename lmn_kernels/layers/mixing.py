@@ -21,8 +21,8 @@ from python_ref.step import StepWeights
 from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
-from .parameters import expand_of, survey
-from .parts import check_input, check_own_memory
+from .parameters import drops_nothing, expand_of, survey
+from .parts import check_input, check_own_memory, make_dropout
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -49,6 +49,9 @@ class LogarithmicMixing(nn.Module):
             reference if ``backend`` is the reference, else ``"auto"``.
         lean: keep only tokens and nodes for backward, and project and attend again there: about half the
             memory for a fifth to a third more arithmetic. What it reads again must not have changed until then.
+        dropout: of what ``out_proj`` returns, in every form and in training mode alone; in a block also of what
+            the feed-forward returns.
+        bias: of q, k, v and ``out_proj``; in a block also of the feed-forward's two layers.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.
@@ -56,11 +59,13 @@ class LogarithmicMixing(nn.Module):
 
     sva: SingleVectorAttention
     expander: Expander | None
+    drop: nn.Module | None
     summarizer: Callable[[Tensor, Tensor], Tensor]
     _stream: MemoryState | None
     _expand: int
     _ahead = 0  # tokens that `summarize_table` has counted and no memory has seen
     _bare = False  # whether `sequential` made the stream, which has no use for q and v of nodes
+    _bias = True
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class LogarithmicMixing(nn.Module):
         backend: str = "auto",
         step_backend: str | None = None,
         lean: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -93,11 +100,12 @@ class LogarithmicMixing(nn.Module):
         self.step_backend = step_backend
         self.lean = lean
         self.summarizer = make_summarizer(summarizer, embedding, bank, init, device, dtype)
-        self.sva = SingleVectorAttention(embedding, heads, device=device, dtype=dtype)
+        self.sva = SingleVectorAttention(embedding, heads, bias=bias, device=device, dtype=dtype)
+        self.drop = make_dropout(dropout)
         self.expander, self._expand = None, 0
         if expand is not None:
             self._widen(expand, init, device, dtype)
-        self._stream = None
+        self._stream, self._bias = None, bias
 
     def _widen(self, expand: int, init: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self._expand = check_positive("expand", expand, 0)
@@ -109,18 +117,20 @@ class LogarithmicMixing(nn.Module):
         return expand_of(self)
 
     def extra_repr(self) -> str:
+        rate = getattr(self._modules.get("drop"), "p", 0)
         return (
             f"embedding={self.embedding}, heads={self.heads}, bank={self.bank}, expand={self.expand}, "
             f"backend={self.backend!r}, step_backend={self.step_backend!r}, lean={self.lean}"
+            f"{f', dropout={rate}' if rate else ''}{'' if self._bias else ', bias=False'}"
         )
 
     def around(self) -> Around:
-        """What surrounds the mixing, as the modules compute it: nothing here, norms and residuals in a block."""
-        return Around()
+        """What surrounds the mixing, as the modules compute it: dropout here, norms and residuals in a block."""
+        return Around(drop=self._modules.get("drop"))
 
     def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         """The same as tensors, as `StepWeights` has it: ``block`` and ``eps``; None where only the modules know."""
-        return (), ()
+        return ((), ()) if drops_nothing(self._modules.get("drop")) else None
 
     def forward(
         self,

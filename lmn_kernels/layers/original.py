@@ -81,8 +81,7 @@ def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) 
     check_shape("memory", memory, (None, None, None, layer.embedding), "[batch, length, slots, embedding]")
     length, count = memory.shape[1:3]
     if positions is None and length == 1:
-        alone: Tensor = layer.sva(memory)
-        return alone
+        return _attend(layer, memory)
     if positions is None:
         positions = torch.arange(1, length + 1, device=memory.device)
     level, levels = [0], 0
@@ -92,8 +91,13 @@ def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) 
     if len(level) != count:
         raise ValueError(f"memory: expected whole levels of {layer.bank} banks, got {count} slots")
     valid = (positions[..., None] >> torch.tensor(level, device=memory.device)) > 0
-    y: Tensor = layer.sva(memory, valid)
-    return y
+    return _attend(layer, memory, valid)
+
+
+def _attend(layer: MixingParts, *given: Tensor) -> Tensor:
+    y: Tensor = layer.sva(*given)
+    drop = layer._modules.get("drop")
+    return y if drop is None else drop(y)
 
 
 def linked(y: Tensor, stream: MemoryState) -> tuple[Tensor, MemoryState]:

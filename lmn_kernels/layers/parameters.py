@@ -6,12 +6,14 @@ Read from their dictionaries: a step of a small layer would notice the cost of `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.nn.modules import module as every_module
 
 from python_ref.step import Linear
@@ -34,7 +36,30 @@ def parameter(module: Any, name: str) -> Tensor:
 
 
 def weight_and_bias(module: Any) -> Linear:
-    return Linear(parameter(module, "weight"), parameter(module, "bias"))
+    """Weight and bias of a linear map; zeros where it has no bias."""
+    weight = parameter(module, "weight")
+    if module._parameters.get("bias", module) is None:
+        size = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        return Linear(weight, zeros(size, weight))
+    return Linear(weight, parameter(module, "bias"))
+
+
+def zeros(size: int, like: Tensor) -> Tensor:
+    """A vector of zeros in the place of a bias that is not there; made once, but for one that is traced."""
+    if is_compiling() or torch._C._len_torch_dispatch_stack() or type(like) not in (Tensor, nn.Parameter):
+        return like.new_zeros(size)
+    return _zeros(size, like.dtype, like.device)
+
+
+def is_zeros(tensor: Tensor) -> bool:
+    """Whether it is the one that `zeros` keeps."""
+    return tensor.dim() == 1 and tensor is _zeros(tensor.shape[0], tensor.dtype, tensor.device)
+
+
+@lru_cache(maxsize=64)
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=dtype, device=device)
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -46,8 +71,13 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether a weight and a bias are all there is to say; a parametrization may make them."""
-    return is_plain(module, nn.Linear) and module._parameters.get("bias", module) is not None
+    """Whether a weight and maybe a bias are all there is to say; a parametrization may make them."""
+    return is_plain(module, nn.Linear)
+
+
+def drops_nothing(module: Any) -> bool:
+    """Whether a place for dropout is empty, or holds what hands on what it gets for now."""
+    return module is None or (is_plain(module, nn.Dropout) and not (module.training and module.p))
 
 
 def hooked_everywhere() -> bool:

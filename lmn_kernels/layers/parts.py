@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from python_ref.around import Around
 from python_ref.checks import check_device, check_float, check_shape
@@ -48,6 +48,17 @@ class MixingParts(Protocol):
     def around_tensors(self) -> tuple[tuple[Tensor, ...], tuple[float, ...]] | None:
         """The same as `StepWeights` has it; None where only the modules know."""
         ...
+
+
+def make_dropout(rate: float) -> nn.Module | None:
+    """A module that drops at a rate; None where that is 0.
+
+    Raises:
+        ValueError: the rate is no number in 0 … 1.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"dropout: expected a number in 0 … 1, got {rate!r}")
+    return nn.Dropout(rate) if rate else None
 
 
 def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:

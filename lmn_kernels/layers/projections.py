@@ -22,6 +22,11 @@ class SingleVectorAttention(nn.Module):
     Args:
         embedding: E.
         heads: H, a divisor of E.
+        bias: whether the projections have one.
+
+    Attributes:
+        head_dim: D = E / H.
+        scale: √D, by which scores are divided.
     """
 
     q: nn.Linear
@@ -30,7 +35,13 @@ class SingleVectorAttention(nn.Module):
     out_proj: nn.Linear
 
     def __init__(
-        self, embedding: int, heads: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        embedding: int,
+        heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
         super().__init__()
         if embedding % heads:
@@ -38,7 +49,7 @@ class SingleVectorAttention(nn.Module):
         self.embedding = embedding
         self.heads = heads
         for name in ("q", "k", "v", "out_proj"):
-            self.add_module(name, nn.Linear(embedding, embedding, device=device, dtype=dtype))
+            self.add_module(name, nn.Linear(embedding, embedding, bias=bias, device=device, dtype=dtype))
 
     @property
     def head_dim(self) -> int:
@@ -65,7 +76,10 @@ class SingleVectorAttention(nn.Module):
         layers: list[Any] = [self._modules[name] for name in names]
         if not (joins_projections(self) if joins is None else joins):
             return torch.cat([layer(x) for layer in layers], -1)
-        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+        weight, bias = torch.cat([layer.weight for layer in layers]), None
+        if any(layer.bias is not None for layer in layers):
+            bias = torch.cat([weight_and_bias(layer).bias for layer in layers])
+        return F.linear(x, weight, bias)
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention over a materialised memory tensor, for inspection and for code written for the original.

@@ -83,7 +83,9 @@ def step_weights(layer: MixingParts) -> StepWeights:
     """`LogarithmicMixing.step_weights`."""
     weights, whole = weights_of(layer, survey(layer))
     if not whole:
-        raise TypeError("block: expected RMSNorms and a FeedForward without hooks, got modules of another kind")
+        raise TypeError(
+            "block: expected RMSNorms and a FeedForward without hooks, and dropout that is off (eval()), got others"
+        )
     return weights
 
 
@@ -98,8 +100,8 @@ def weights_of(layer: MixingParts, road: Road) -> tuple[StepWeights, bool]:
         )
     if road.called:
         raise TypeError(
-            f"{road.called[0]}: expected the layer's own, with a bias, without hooks, wrappers or weights of another "
-            "kind; others have no weights to give away, and are called by the layer itself"
+            f"{road.called[0]}: expected the layer's own, without hooks, wrappers or weights of another kind; others "
+            "have no weights to give away, and are called by the layer itself"
         )
     kind, merge, scale = summarizer.step_form()
     q, k, v, out = sva.step_tensors()

@@ -22,6 +22,7 @@ from python_ref.step import Slots, StepWeights, TokenStep
 
 from ..backend.transforms import autocasts, transformed
 from ..states.memory import MemoryState
+from .parameters import is_zeros
 
 _new, _set = object.__new__, object.__setattr__
 
@@ -35,7 +36,7 @@ class StepPlan:
         served: who takes the steps, ``"cpp"`` or ``"reference"``, which holds them in an `Interpreted`.
     """
 
-    __slots__ = ("backend", "expand", "heads", "in_place", "native", "reference", "shape")
+    __slots__ = ("backend", "expand", "heads", "in_place", "native", "reference", "shape", "zeros")
 
     native: Any
 
@@ -43,6 +44,8 @@ class StepPlan:
         self.expand, self.heads, self.backend = weights.expand, weights.heads, owner.step_backend
         self.in_place, self.reference = served != "reference", TokenStep(weights, owner.bank)
         self.shape = owner.bank, owner.embedding
+        # In the place of biases that are not there: these do not follow parameters to another dtype or device.
+        self.zeros = next((t for t in (*weights.tensors, *weights.block) if is_zeros(t)), None)
         modules: list[Any] = list(owner.modules())[1:]
         # (dictionary, key, what was found there)
         sources = [
@@ -51,7 +54,12 @@ class StepPlan:
             for holder in (module._modules, module._parameters)
             for name, value in holder.items()
         ]
-        sources += [(module.__dict__, "eps", module.eps) for module in modules if "eps" in module.__dict__]
+        sources += [
+            (module.__dict__, name, module.__dict__[name])
+            for module in modules
+            for name in (("training", "p") if isinstance(module, nn.Dropout) else ("eps",))
+            if name in module.__dict__
+        ]
         hooks = tuple(h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks))
         # Of each module the class that it was of, and where a forward of its own would stand.
         plain = tuple((module, type(module), module.__dict__) for module in modules)
@@ -73,7 +81,8 @@ class StepPlan:
         if any("forward" in module.__dict__ for module in below):
             return False
         own = {id(parameter) for parameter in owner.parameters()}
-        return all(id(t) in own and type(t) in (Tensor, nn.Parameter) for t in (*weights.tensors, *weights.block))
+        tensors = *weights.tensors, *weights.block
+        return all((id(t) in own and type(t) in (Tensor, nn.Parameter)) or is_zeros(t) for t in tensors)
 
     def serves(self, owner: Any, x: Tensor, state: MemoryState) -> bool:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""
@@ -81,6 +90,7 @@ class StepPlan:
             type(state) is MemoryState
             and not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
             and self.native.ready(owner._modules, x, state.token)
+            and (self.zeros is None or (x.dtype == self.zeros.dtype and x.device == self.zeros.device))
             and state.expand == self.expand
             and owner.step_backend == self.backend
             and owner.heads == self.heads

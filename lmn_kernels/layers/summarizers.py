@@ -150,9 +150,10 @@ class ConvSummarizer(LinearMapSummarizer):
 
     def merge(self) -> LinearMerge:
         groups = self.conv.groups
+        weight, bias = weight_and_bias(self.conv)
         # [G·C_out, C_in, 2] → [G, 2·C_in, C_out]: the left node's features first.
-        weight = self.conv.weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
-        return LinearMerge(weight[:, None], self.conv.bias.view(groups, -1), None)  # type: ignore[union-attr]
+        weight = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+        return LinearMerge(weight[:, None], bias.view(groups, -1), None)
 
     def step_form(self) -> tuple[str, Linear, Tensor | None]:
         if type(self).merge is not ConvSummarizer.merge:
@@ -231,7 +232,7 @@ class Expander(nn.Module):
             places, _, bank, _ = stack.shape
             wider: Tensor = conv(stack.permute(0, 2, 3, 1).flatten(0, 1)).unflatten(0, (places, bank))
             return wider.permute(0, 3, 1, 2)
-        return expand_stack(stack, self.conv_transpose.weight, self.conv_transpose.bias)  # type: ignore[arg-type]
+        return expand_stack(stack, *self.step_tensors())
 
     def step_tensors(self) -> Linear:
         """Weight and bias of the convolution."""
@@ -240,7 +241,7 @@ class Expander(nn.Module):
     def fold(self, merge: LinearMerge) -> LinearMerge:
         """This expander followed by a linear summarizer, as one linear map of two stacks."""
         weight, bias, scale = merge
-        kernel, offset = self.conv_transpose.weight, self.conv_transpose.bias
+        kernel, offset = self.step_tensors()
         if scale is not None:
             weight = torch.cat([part[:, None, :, None] * weight for part in scale], 2)
         # Input features of a group: side (left, right), bank, embedding.
