@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmn_kernels import LogarithmicMixing, MemoryState
+from lmn_kernels import LogarithmicMemory, LogarithmicMixing, MemoryState
 
 PARTS = ("weight", "bias")
 
@@ -120,3 +120,53 @@ class Recurrent:
     def __call__(self, x: Tensor) -> Tensor:
         y, self.state = self.module(x[None].to(self.dtype), self.state)
         return y[0].to(x.dtype)
+
+
+class BitmaskStream:
+    """The paper's own sequential algorithm, literally, on a block's parameters (sections 3 to 5 of the definition).
+
+    A list of the newest node of each level; for each token the memory tensor is put together and every slot of it
+    projected to its q and v, slots being masked by their value. Nothing of a slot is kept between tokens.
+
+    Batches of any size: ``x [B, 1, E]``.
+    """
+
+    def __init__(self, block: LogarithmicMemory):
+        self.block = block
+        self.position, self.newest = 0, list[Tensor]()
+
+    def memory(self, x: Tensor) -> Tensor:
+        """The next token → its slots ``[B, 1, S, E]``."""
+        summarizer: Any = self.block.summarizer
+        changed = self.position ^ (self.position + 1)
+        self.position += 1
+        new = [x[:, None].repeat(1, self.block.bank, 1, 1)]
+        for level in range(1, self.position.bit_length()):
+            if changed >> level & 1:
+                pair = torch.cat([self.newest[level - 1], new[level - 1]], -1)
+                new.append(torch.einsum("bmti,mij->bmtj", pair, summarizer.weight) + summarizer.bias)
+            else:
+                new.append(self.newest[level])
+        self.newest = new
+        if len(new) == 1:
+            return x[:, :, None]
+        nodes = torch.stack(new[1:], -2).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return torch.cat([x[:, :, None], nodes], 2)
+
+    def attention(self, memory: Tensor) -> Tensor:
+        """``[B, 1, S, E]`` → ``[B, 1, E]``."""
+        sva = self.block.sva
+        here = memory != 0
+        q, v = ((part(memory) * here).unflatten(-1, (sva.heads, -1)).transpose(2, 3) for part in (sva.q, sva.v))
+        k = (sva.k(memory[:, :, 0]) * here[:, :, 0]).unflatten(-1, (sva.heads, -1))
+        score = torch.einsum("blhsd,blhd->blhs", q, k) / math.sqrt(q.shape[-1])
+        weight = torch.softmax(torch.where(score == 0, -math.inf, score), -1)
+        y: Tensor = sva.out_proj(torch.einsum("blhs,blhsd->blhd", weight, v).flatten(2))
+        return y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The block: ``[B, 1, E]`` → ``[B, 1, E]``."""
+        block: Any = self.block
+        x = x + self.attention(self.memory(block.norm1(x)))
+        y: Tensor = x + block.feedforward(block.norm2(x))
+        return y

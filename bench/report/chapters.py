@@ -50,6 +50,9 @@ FACTS = {
     "worst_token": "the token that merges on every level",
     "far_over_near": "time of a step far into the sequence, over one near its start",
     "bandwidth": "rate at which the weights are read",
+    "original_over_ours": "the original's algorithm over ours",
+    "original_over_reference": "the original's algorithm over ours without the extension",
+    "original_over_attention": "the original's attention(sequential(x)) over ours",
 }
 
 

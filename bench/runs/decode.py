@@ -1,4 +1,7 @@
-"""A token of a stream: ours against ATen loops, a KV cache, GRU and LSTM, far into a sequence; on a GPU, of many."""
+"""A token of a stream: ours against ATen loops, a KV cache, GRU and LSTM, far into a sequence; on a GPU, of many.
+
+And a whole stream as the original is called, against its own algorithm.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from bench.report import chapters
 from lmn_kernels import LogarithmicMixing, MemoryState, decode_
 from lmn_kernels.backend.choice import why_not
 
-from . import decode_gpu
+from . import decode_gpu, decode_original
 
 POSITIONS = (1 << 10, 1 << 15, 1 << 20)
 LAYERS = (
@@ -324,6 +327,9 @@ def cases(context: Context) -> list[Case]:
         for n in positions:
             found.append(Case(f"{shape.name}/{n}", partial(at_position, shape, dtype, n, turns)))
         found.append(Case(f"{shape.name}/facts", partial(facts, shape, dtype, turns)))
+    length = 256 if context.quick else 2048
+    for bank in decode_original.BANKS:
+        found.append(Case(f"original/{bank}", partial(decode_original.stream, bank, length, turns)))
     return found
 
 

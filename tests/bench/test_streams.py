@@ -9,11 +9,13 @@ from bench.close import assert_close
 from bench.contenders.problems import Problem
 from bench.contenders.providers import REGISTRY
 from bench.contenders.shapes import Shape
-from bench.contenders.streams import CachedAttention, RecomputedAttention
+from bench.contenders.streams import BitmaskStream, CachedAttention, RecomputedAttention
 from bench.measure.comparison import FORWARD
 from bench.measure.contender import OURS, Provider
 from bench.measure.runner import Context
-from bench.runs import crossover, decode, paper_fig9, scaling
+from bench.runs import crossover, decode, decode_original, paper_fig9, scaling
+from lmn_kernels import LogarithmicMemory
+from python_ref import definition
 
 CPU = torch.device("cpu")
 
@@ -103,3 +105,33 @@ def test_the_crossover_is_where_ours_beats_everybody_from_then_on(ratios, expect
     ]
     (row,) = crossover.crossover([*rows, {"provider": OURS, "shape": {"length": 32}, "median": 1.0}])
     assert row["crossover"] == expected
+
+
+def test_the_originals_algorithm_is_the_definition():
+    problem = Problem("layer", Shape("", 2, 21, 16, 2, 2), torch.float64, CPU, "reference")
+    layer = LogarithmicMemory(16, 2, 2, dtype=torch.float64)
+    stream = BitmaskStream(layer)
+    merge = definition.linear_merge(layer.summarizer.weight, layer.summarizer.bias)
+    projections = layer.sva.state_dict()
+    with torch.no_grad():
+        got = torch.cat([stream(token) for token in problem.x.split(1, 1)], 1)
+        mixed = problem.x + definition.mix(layer.norm1(problem.x), merge, 2, projections, 2)
+        expected = mixed + layer.feedforward(layer.norm2(mixed))
+    assert_close("block", got, expected, 1e-12)
+
+
+def test_rows_of_the_originals_own_calls(monkeypatch):
+    rows = decode_original.stream(2, 20, turns=2)
+    facts = {row["fact"]: row for row in rows if "fact" in row}
+    timed = {row["provider"]: row for row in rows if "fact" not in row}
+    for name, row in timed.items():
+        if "gap" in row:
+            assert name == "ours" and "extension" in row["gap"], row
+        else:
+            assert row["unit"] == "us" and 0 < row["p20"] <= row["median"] <= row["p80"] and row["error"] <= 1e-5
+    assert set(facts) == {"original_over_ours", "original_over_reference", "original_over_attention"}
+    assert facts["original_over_reference"]["value"] > 0
+    assert all(row["value"] > 0 for row in facts.values() if "gap" not in row)
+    monkeypatch.setattr(BitmaskStream, "attention", lambda self, memory: memory[:, :, 0])
+    wrong = {row["provider"]: row for row in decode_original.stream(1, 20, turns=2)}
+    assert wrong[decode_original.THEIRS]["gap"].startswith("gate: error")
