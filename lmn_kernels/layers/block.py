@@ -13,6 +13,7 @@ from python_ref.checks import check_positive
 
 from .mixing import LogarithmicMixing
 from .parameters import is_plain, is_plain_linear, parameter, weight_and_bias
+from .tensor_parallel import check_local
 
 
 class FeedForward(nn.Module):
@@ -29,6 +30,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        check_local("feedforward.fc2", y)
         return y
 
 

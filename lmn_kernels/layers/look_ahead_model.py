@@ -15,6 +15,8 @@ from python_ref.precision import compute_dtype, no_autocast
 from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
 from .look_ahead import LookAheadMemoryLayer, Reach
+from .parameters import parameter, says_its_weight
+from .tensor_parallel import check_local
 
 # The original's numbers: no look-ahead (Transformer-XL), and three ways to tell ahead from behind.
 ATTENTION_TYPES = (0, 3, 31, 32)
@@ -125,9 +127,12 @@ class LookAheadMemory(nn.Module):
     ) -> LookAheadState:
         """The state before the first segment, in the parameters' dtype and on their device unless told otherwise."""
         batch_size = check_positive("batch_size", batch_size, 0)
-        like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device or self.r_w_bias.device)
+        if device is None and not self.r_w_bias.is_meta:  # where a wrapper that fetches weights may have left it
+            device = self.r_w_bias.device
+        like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device)
         inputs = tuple(like.new_empty(batch_size, 0, self.embedding) for _ in range(self._memories))
-        outputs = tuple(like.new_empty(batch_size, 0, self.heads, self.head_size) for _ in range(self._outputs))
+        heads = [self._layer(number).dec_attn.own_heads() for number in range(self._outputs)]
+        outputs = tuple(like.new_empty(batch_size, 0, own, self.head_size) for own in heads)
         lse = tuple(part.new_empty(part.shape[:3], dtype=compute_dtype(part.dtype)) for part in outputs)
         return LookAheadState(
             inputs, outputs, lse, torch.zeros(batch_size, dtype=torch.int64, device=like.device), 0, True
@@ -208,6 +213,7 @@ class LookAheadMemory(nn.Module):
         return replace(kept, is_even=True)
 
     def _fit(self, x: Tensor, state: LookAheadState | None) -> LookAheadState:
+        check_local("x", x, "give the model x.to_local(), the same on every rank of a tensor-parallel group")
         check_float("x", x)
         check_shape("x", x, (None, None, self.embedding), "[batch, tokens, embedding]")
         if x.shape[1] < 1:
@@ -217,11 +223,13 @@ class LookAheadMemory(nn.Module):
         if x.dtype != weight.dtype and not autocasts(x.device.type):
             raise TypeError(f"x: expected dtype {weight.dtype} of the parameters (or torch.autocast), got {x.dtype}")
         if state is None:
-            return self.init_state(x.shape[0])
+            return self.init_state(x.shape[0], device=x.device)
         if not isinstance(state, LookAheadState):
             raise TypeError(f"state: expected a LookAheadState, got {type(state).__name__}")
-        sizes = self._memories, self._outputs, self.heads, self.head_size
-        state.check_for(x.shape[0], self.embedding, *sizes)
+        # Of layers that have their own heads on each rank, attention itself checks the number.
+        layers = [self._layer(number).dec_attn for number in range(self._outputs)]
+        heads = [self.heads if layer.own_heads() == self.heads else None for layer in layers]
+        state.check_for(x.shape[0], self.embedding, self._memories, heads, self.head_size)
         check_device("state", state.start, x.device)
         return state.last(self.memory_length)
 
@@ -294,11 +302,20 @@ class LookAheadLanguageModel(LookAheadMemory):
         check_shape("ids", ids, (None, None), "[batch, tokens]")
         check_ids("ids", ids, ids.shape, 0, self.symbols - 1)
         y, state = super().forward(self._table()(ids) * self.embedding**0.5, state)
-        return self.crit["out_layers"][0](y, self._table().weight), state  # type: ignore[index]
+        return self.crit["out_layers"][0](y, self._symbols(y.device)), state  # type: ignore[index]
 
     def _table(self) -> nn.Embedding:
         table: nn.Embedding = self.word_emb["emb_layers"][0]  # type: ignore[index]
         return table
+
+
+    def _symbols(self, device: torch.device) -> Tensor:
+        """The embedding of every symbol: its weights, or, where they are not at hand or not all, what it returns."""
+        table = self._table()
+        if says_its_weight(table, nn.Embedding):
+            return parameter(table, "weight")
+        rows: Tensor = table(torch.arange(self.symbols, device=device))
+        return rows
 
 
 class _TiedOutput(nn.Module):

@@ -22,7 +22,7 @@ from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
 from .parameters import expand_of, survey
-from .parts import check_input, check_own_memory
+from .parts import check_input, check_own_memory, width_of
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -196,7 +196,8 @@ class LogarithmicMixing(nn.Module):
             dtype: of the nodes; float32 at least where None.
             device: that of the parameters where None.
         """
-        weight = survey(self).weight
+        road = survey(self)
+        weight = road.weight
         own = torch.get_default_dtype() if weight is None else weight.dtype
         max_position = check_positive("max_position", max_position, 0)
         return MemoryState.empty(
@@ -205,6 +206,7 @@ class LogarithmicMixing(nn.Module):
             self.bank,
             expand=self.expand,
             levels=level_count(max_position),
+            width=None if road.joins else width_of(self),
             dtype=torch.promote_types(own, torch.float32) if dtype is None else dtype,
             device=weight.device if device is None and weight is not None else device,
         )

@@ -48,7 +48,7 @@ def take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> tuple[T
     check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     stream = layer.init_state(x_t.shape[0]) if stream is None else stream
-    stream = advance(layer, x_t[:, 0], fit(layer, stream, x_t.shape[0], 1, x_t.device), road)
+    stream = advance(layer, x_t[:, 0], fit(layer, stream, x_t.shape[0], 1, x_t.device, road), road)
     rows = state_rows(level_count(stream.max_position), layer.expand)
     slots = stream.nodes[:, :rows].flatten(1, 2).to(x_t.dtype)
     return torch.cat([x_t, slots], 1)[:, None], stream

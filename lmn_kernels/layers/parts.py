@@ -15,6 +15,7 @@ from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
 from .parameters import Road, projects_nodes
 from .projections import SingleVectorAttention
+from .tensor_parallel import check_local
 from .summarizers import Expander
 
 
@@ -50,6 +51,7 @@ class MixingParts(Protocol):
 
 def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
     """Whether x is ``[B, L, E]`` on the device of a weight and in its dtype (or a region of autocast casts it)."""
+    check_local("x", x, "give the layer x.to_local(), the same on every rank of a tensor-parallel group")
     check_float("x", x)
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
     if weight is None:
@@ -59,11 +61,15 @@ def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
         raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
 
 
-def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device) -> MemoryState:
+def fit(
+    layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device, road: Road
+) -> MemoryState:
     """The state with room for ``tokens`` more, where it is one of this layer's and of ``batch`` rows."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    state.check_for(batch, layer.embedding, layer.bank, layer.expand, device)
+    # Of projections that are called, the width is known when they are.
+    width = layer.embedding if road.joins else state.q.shape[-1]
+    state.check_for(batch, layer.embedding, layer.bank, layer.expand, device, width)
     return state.with_room(state.max_position + tokens)
 
 
@@ -114,4 +120,10 @@ def node_qv_of(layer: MixingParts, nodes: Tensor, road: Road) -> Tensor:
     """
     if road.attends or projects_nodes(layer.sva):
         return layer.sva.node_qv(nodes, road.joins)
-    return nodes.new_full((*nodes.shape[:-1], 2 * nodes.shape[-1]), torch.nan)
+    return nodes.new_full((*nodes.shape[:-1], 2 * width_of(layer)), torch.nan)
+
+
+def width_of(layer: MixingParts) -> int:
+    """Features of q and v in the layer's states: E, or those of this rank's heads."""
+    sva = layer._modules["sva"]
+    return sva.own_width() if isinstance(sva, SingleVectorAttention) else layer.embedding

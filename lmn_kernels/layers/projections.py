@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 
 from .parameters import joins_projections, known_by_weights, weight_and_bias
+from .tensor_parallel import check_local, own_heads, ranks_of
 
 
 @known_by_weights
@@ -53,10 +55,31 @@ class SingleVectorAttention(nn.Module):
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
+    def own_heads(self, width: int) -> int:
+        """How many heads q, k and v of ``width`` features each hold: all, or this rank's.
+
+        Raises:
+            ValueError: no whole number.
+        """
+        return own_heads("sva.q", self.q, width, self.heads, self.embedding // self.heads)
+
+    def own_width(self) -> int:
+        """Features of q, k and v each on this rank, as far as that can be said before they are called."""
+        q: Any = self._modules["q"]
+        return int(getattr(q, "out_features", self.embedding)) // ranks_of(q)
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """``out_proj`` of what attention gave this rank's heads: ``[..., E]``."""
+        y: Tensor = self.out_proj(mixed)
+        check_local("sva.out_proj", y)
+        return y
+
     def _project(self, x: Tensor, joins: bool | None, *names: str) -> Tensor:
         layers: list[Any] = [self._modules[name] for name in names]
         if not (joins_projections(self) if joins is None else joins):
-            return torch.cat([layer(x) for layer in layers], -1)
+            parts = [layer(x) for layer in layers]
+            _check_parts(parts, names)
+            return torch.cat(parts, -1)
         return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -71,12 +94,23 @@ class SingleVectorAttention(nn.Module):
         """
         check_float("memory", memory)
         check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
-        qv = self.node_qv(memory).unflatten(-1, (2, self.heads, -1))
-        k = self.k(memory[:, :, 0]).unflatten(-1, (self.heads, -1))
-        score = torch.einsum("blshd,blhd->blsh", qv[:, :, :, 0], k) / math.sqrt(self.embedding // self.heads)
+        q, v = self.node_qv(memory).chunk(2, -1)
+        k = self.k(memory[:, :, 0])
+        _check_parts((q, k), "qk")
+        heads = self.own_heads(q.shape[-1])
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+        score = torch.einsum("blshd,blhd->blsh", q, k) / math.sqrt(self.embedding // self.heads)
         if valid is not None:
             score = score.masked_fill(~valid[..., None], -math.inf)
         weight = torch.softmax(score, 2)
-        mixed = torch.einsum("blsh,blshd->blhd", weight, qv[:, :, :, 1])
-        y: Tensor = self.out_proj(mixed.flatten(2))
-        return y
+        mixed = torch.einsum("blsh,blshd->blhd", weight, v)
+        return self.project_out(mixed.flatten(2))
+
+
+def _check_parts(parts: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Whether what projections returned, q first, are plain tensors of one width."""
+    width = parts[0].shape[-1]
+    for name, part in zip(names, parts, strict=True):
+        check_local(f"sva.{name}", part)
+        if part.shape[-1] != width:
+            raise ValueError(f"sva.{name}: expected {width} features, as many as of sva.q, got {part.shape[-1]}")
