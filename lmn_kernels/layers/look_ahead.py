@@ -16,7 +16,7 @@ from python_ref.precision import compute_dtype
 
 from ..backend import choice
 from ..ops.look_ahead import look_ahead_attend
-from .tensor_parallel import check_local, mesh_of, own_heads, part_of, ranks_of, whole
+from .tensor_parallel import check_local, check_takes, mesh_of, own_heads, part_of, ranks_of, whole
 
 
 class Reach(NamedTuple):
@@ -125,6 +125,8 @@ class LookAheadMemoryAttention(nn.Module):
         if literal and output is not None and lse is not None:
             merged, merged_total = merge(output, lse, out[:, :memory], total[:, :memory], self.merge_eps)
             out, total = torch.cat([merged, out[:, memory:]], 1), torch.cat([merged_total, total[:, memory:]], 1)
+        if out.shape[2] != self.heads:
+            check_takes("o_net", self.o_net, out.shape[2] * out.shape[3])
         y = self.o_net(out.flatten(2))
         check_local("o_net", y)
         y = rows + self.drop(y)
@@ -132,7 +134,7 @@ class LookAheadMemoryAttention(nn.Module):
 
     def own_heads(self) -> int:
         """How many heads are this rank's, as far as that can be said before ``q_net`` is called."""
-        return self.heads // ranks_of(self.q_net)
+        return self.heads // ranks_of("q_net", self.q_net, self.heads)
 
     def _own(self, q: Tensor, kv: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the projections returned, and u and v ``[4, H, D]``, by heads: all, or those of which q is."""

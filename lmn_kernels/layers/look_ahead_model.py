@@ -109,11 +109,11 @@ class LookAheadMemory(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
             if isinstance(module, (nn.Linear, nn.LayerNorm, _TiedOutput)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, bias in self.named_parameters(recurse=False):
             if name.endswith("_future"):
-                nn.init.xavier_uniform_(parameter)
+                nn.init.xavier_uniform_(bias)
             else:
-                nn.init.normal_(parameter, 0.0, 0.02)
+                nn.init.normal_(bias, 0.0, 0.02)
 
     @property
     def looks_ahead(self) -> bool:
@@ -307,7 +307,6 @@ class LookAheadLanguageModel(LookAheadMemory):
     def _table(self) -> nn.Embedding:
         table: nn.Embedding = self.word_emb["emb_layers"][0]  # type: ignore[index]
         return table
-
 
     def _symbols(self, device: torch.device) -> Tensor:
         """The embedding of every symbol: its weights, or, where they are not at hand or not all, what it returns."""

@@ -15,8 +15,8 @@ from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
 from .parameters import Road, projects_nodes
 from .projections import SingleVectorAttention
-from .tensor_parallel import check_local
 from .summarizers import Expander
+from .tensor_parallel import check_local
 
 
 class MixingParts(Protocol):
@@ -61,9 +61,7 @@ def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
         raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
 
 
-def fit(
-    layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device, road: Road
-) -> MemoryState:
+def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device, road: Road) -> MemoryState:
     """The state with room for ``tokens`` more, where it is one of this layer's and of ``batch`` rows."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")

@@ -14,7 +14,7 @@ from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear
 
 from .parameters import joins_projections, known_by_weights, weight_and_bias
-from .tensor_parallel import check_local, own_heads, ranks_of
+from .tensor_parallel import check_local, check_takes, own_heads, ranks_of
 
 
 @known_by_weights
@@ -66,10 +66,12 @@ class SingleVectorAttention(nn.Module):
     def own_width(self) -> int:
         """Features of q, k and v each on this rank, as far as that can be said before they are called."""
         q: Any = self._modules["q"]
-        return int(getattr(q, "out_features", self.embedding)) // ranks_of(q)
+        return int(getattr(q, "out_features", self.embedding)) // ranks_of("sva.q", q, self.heads)
 
     def project_out(self, mixed: Tensor) -> Tensor:
         """``out_proj`` of what attention gave this rank's heads: ``[..., E]``."""
+        if mixed.shape[-1] != self.embedding:
+            check_takes("sva.out_proj", self.out_proj, mixed.shape[-1])
         y: Tensor = self.out_proj(mixed)
         check_local("sva.out_proj", y)
         return y

@@ -42,10 +42,17 @@ def mesh_of(projection: nn.Module) -> Any:
     return None
 
 
-def ranks_of(projection: nn.Module) -> int:
-    """How many ranks share a projection's outputs; 1 where none do."""
+def ranks_of(name: str, projection: nn.Module, heads: int) -> int:
+    """How many ranks share a projection's outputs; 1 where none do.
+
+    Raises:
+        ValueError: they do not divide the heads.
+    """
     mesh = mesh_of(projection)
-    return 1 if mesh is None else int(mesh.size())
+    ranks = 1 if mesh is None else int(mesh.size())
+    if heads % ranks:
+        raise ValueError(f"{name}: expected ranks that divide the {heads} heads, got {ranks}")
+    return ranks
 
 
 def own_heads(name: str, projection: nn.Module, width: int, heads: int, size: int) -> int:
@@ -56,12 +63,24 @@ def own_heads(name: str, projection: nn.Module, width: int, heads: int, size: in
     """
     if width == heads * size:
         return heads
-    ranks = ranks_of(projection)
-    if heads % ranks:
-        raise ValueError(f"{name}: expected ranks that divide the {heads} heads, got {ranks}")
+    ranks_of(name, projection, heads)  # what is no whole number here may be one on another rank, which would wait
     if not width or width % size:
         raise ValueError(f"{name}: expected whole heads, a multiple of {size} features, got {width}")
     return width // size
+
+
+def check_takes(name: str, projection: nn.Module, width: int) -> None:
+    """Whether the features of this rank's heads are as many as a projection's weights take in.
+
+    Raises:
+        ValueError: it is a plain one of more features.
+    """
+    weight: Any = projection._parameters.get("weight")
+    if type(weight) in TENSORS and weight.dim() == 2 and weight.shape[1] != width:
+        raise ValueError(
+            f"{name}: expected weights of {width} features in, those of this rank's heads (RowwiseParallel), got "
+            f"{weight.shape[1]}"
+        )
 
 
 def whole(tensor: Tensor, mesh: Any) -> Tensor:

@@ -122,9 +122,7 @@ class LookAheadState:
         kept = self._map(lambda tensor: newest(tensor) if tensor.dim() > 1 else tensor)
         return replace(kept, start=(self.start - dropped).clamp(min=0))
 
-    def check_for(
-        self, batch_size: int, embedding: int, layers: int, heads: Sequence[int | None], size: int
-    ) -> None:
+    def check_for(self, batch_size: int, embedding: int, layers: int, heads: Sequence[int | None], size: int) -> None:
         """Whether a model with these sizes can go on from this state: inputs of ``layers``, and outputs of ``heads``.
 
         One of ``heads`` is there for each layer that has outputs; None for any number.

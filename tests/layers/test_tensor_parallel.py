@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
 from lmn_kernels import LogarithmicMemory, LogarithmicMixing, LookAheadMemory
@@ -104,7 +106,9 @@ def check_block(name: str, plain: LogarithmicMixing, layer: LogarithmicMixing, m
         assert_close(f"{name}: step_", layer.step_(x, pool, slots), plain(x), VALUE)
         y, _ = layer.step(x[:, :1], layer.init_state(2))
         assert_close(f"{name}: first step", y, plain(x[:, :1]), VALUE)
-        assert_close(f"{name}: attention", layer.attention(layer.parallel(x)), plain.attention(plain.parallel(x)), VALUE)
+        assert_close(
+            f"{name}: attention", layer.attention(layer.parallel(x)), plain.attention(plain.parallel(x)), VALUE
+        )
         handle = layer.sva.register_forward_hook(lambda *_: None)  # so that the attention is called as a whole
         y, state = layer.prefill(x[:, :7])
         handle.remove()
@@ -144,11 +148,159 @@ def check_look_ahead(mesh: DeviceMesh) -> None:
         same_gradients(str(options), model, plain)
 
 
-def check_all(mesh: DeviceMesh) -> None:
+def check_values(mesh: DeviceMesh) -> None:
     check_blocks(mesh)
     check_look_ahead(mesh)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_outputs_gradients_and_states_are_those_of_one_process(world, tmp_path):
-    on_ranks(world, check_all, tmp_path / "meeting")
+    on_ranks(world, check_values, tmp_path / "meeting")
+
+
+def check_sharded_too(tp: DeviceMesh) -> None:
+    """FSDP2 of parts and layers over pairs of ranks that share heads."""
+    mesh, x = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), torch.randn(2, 11, 16, dtype=F64)
+    plain = LogarithmicMemory(16, 4, 2, dtype=F64)
+    layer = parallelize_module(copy.deepcopy(plain), mesh["tp"], block_plan())
+    for part in (layer.sva.q, layer.sva.k, layer.sva.v, layer.sva.out_proj, layer.summarizer, layer):
+        fully_shard(part, mesh=mesh["dp"])
+    for method in ("prefill", "step"):
+        register_fsdp_forward_method(layer, method)
+    ys = [module(x) for module in (layer, plain)]
+    assert_close("y", *ys, VALUE)
+    for y in ys:
+        y.square().sum().backward()
+    same_gradients("block", layer, plain)
+    assert layer.init_state(2, max_position=3).q.shape == (2, 1, 2, 8)
+    with torch.no_grad():
+        y, state = layer.prefill(x[:, :10])
+        assert_close("step", layer.step(x[:, 10:], state)[0], plain(x)[:, 10:], VALUE)
+
+    plain = LookAheadMemory(16, 2, 4, memory_length=7, feedforward=16, dtype=F64)
+    model = copy.deepcopy(plain)
+    for number in range(2):
+        parallelize_module(model.layers[number], mesh["tp"], look_ahead_plan())
+        for part in ("dec_attn.q_net", "dec_attn.kv_net", ""):
+            fully_shard(model.layers[number].get_submodule(part), mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    ys = [module(x, module(x)[1])[0] for module in (model, plain)]
+    assert_close("y", *ys, VALUE)
+    for y in ys:
+        y.square().sum().backward()
+    same_gradients("model", model, plain)
+
+
+def test_tensor_parallel_and_sharded_on_a_mesh_of_two_dimensions(tmp_path):
+    on_ranks(4, check_sharded_too, tmp_path / "meeting")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        name = func.__name__.partition(".")[0]
+        if "c10d" in func.namespace and name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            self.found[name] = self.found.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_traffic_and_refusals(mesh: DeviceMesh) -> None:
+    """What docs/parallel.md says of the price, and that what does not fit is said on every rank."""
+    x = torch.randn(2, 11, 16, dtype=F64, requires_grad=True)
+    layer = parallelize_module(LogarithmicMemory(16, 4, 2, dtype=F64), mesh, block_plan())
+    model = LookAheadMemory(16, 1, 4, memory_length=7, feedforward=16, dtype=F64)
+    parallelize_module(model.layers[0], mesh, look_ahead_plan())
+    for call, forward, backward in (
+        (layer, {"all_reduce": 2}, {"all_reduce": 6}),
+        (
+            lambda x: model(x)[0],
+            {"all_gather_into_tensor": 1, "all_reduce": 2},
+            {"all_gather_into_tensor": 2, "all_reduce": 3},
+        ),
+    ):
+        with Traffic() as there:
+            y = call(x).sum()
+        with Traffic() as back:
+            y.backward()
+        assert (there.found, back.found) == (forward, backward)
+
+    def block(embedding: int = 16, heads: int = 4, without: str = "", **plan: object) -> LogarithmicMemory:
+        named = {name.replace("__", "."): style for name, style in plan.items()}
+        whole = {name: style for name, style in (block_plan() | named).items() if name != without}
+        return parallelize_module(LogarithmicMemory(embedding, heads, 2, dtype=F64), mesh, whole)
+
+    def memory(without: str = "", **plan: object) -> LookAheadMemory:
+        model = LookAheadMemory(16, 1, 4, memory_length=7, feedforward=16, dtype=F64)
+        named = {name.replace("__", "."): style for name, style in plan.items()}
+        whole = {name: style for name, style in (look_ahead_plan() | named).items() if name != without}
+        parallelize_module(model.layers[0], mesh, whole)
+        return model
+
+    plain, column, row = LogarithmicMemory(16, 4, 2, dtype=F64), ColwiseParallel, RowwiseParallel
+    state, own_state = plain.prefill(x)[1], layer.prefill(x)[1]
+    everywhere = DTensor.from_local(x.detach(), mesh, [Replicate()])
+    for error, message, call in (
+        (TypeError, "^x: expected a plain tensor, got a DTensor; give the layer", lambda: layer(everywhere)),
+        (TypeError, "^x: .* a DTensor", lambda: layer.step(everywhere[:, :1], layer.init_state(2))),
+        (TypeError, "^x: .* a DTensor", lambda: memory()(everywhere)),
+        (TypeError, "^sva.v: .*use_local_output=True", lambda: block(sva__v=column(use_local_output=False))(x)),
+        (TypeError, "^sva.out_proj: .*use_local", lambda: block(sva__out_proj=row(use_local_output=False))(x)),
+        (TypeError, "^feedforward.fc2: .*use", lambda: block(feedforward__fc2=row(use_local_output=False))(x)),
+        (TypeError, "^kv_net: .*use_local", lambda: memory(dec_attn__kv_net=column(use_local_output=False))(x)),
+        (TypeError, "^o_net: .*use_local", lambda: memory(dec_attn__o_net=row(use_local_output=False))(x)),
+        (TypeError, "^CoreNet: .*use_local", lambda: memory(pos_ff__CoreNet__3=row(use_local_output=False))(x)),
+        (TypeError, "^norm1: expected a plain tensor", lambda: block(norm1=SequenceParallel())(x)),
+        (ValueError, "^sva.q: expected ranks that divide the 3 heads, got 2", lambda: block(12, 3)(x[..., :12])),
+        (ValueError, "^sva.q: expected ranks that divide the 3 heads, got 2", lambda: block(12, 3).init_state(2)),
+        (ValueError, "^sva.k: expected 8 features, as many as of sva.q, got 16", lambda: block(without="sva.k")(x)),
+        (ValueError, "^sva.out_proj: .* of 8 features in.*got 16", lambda: block(without="sva.out_proj")(x)),
+        (ValueError, "^o_net: .* of 8 features in.*got 16", lambda: memory(without="dec_attn.o_net")(x)),
+        (ValueError, "^kv_net: expected 32 features for 4 heads", lambda: memory(without="dec_attn.q_net")(x)),
+        (ValueError, "^state.q: expected 8 features, .*got 16", lambda: layer.step(x[:, :1], state)),
+        (ValueError, "^state.q: expected 8 features", lambda: layer(x, state=state, return_state=True)),
+        (ValueError, "^state.q: expected 8 features", lambda: layer.step_(x, plain.init_state(2, max_position=11))),
+        (ValueError, "^state.q: expected shape", lambda: plain.step(x[:, :1], own_state)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_collectives_are_as_few_as_said_and_what_does_not_fit_is_named(tmp_path):
+    on_ranks(2, check_traffic_and_refusals, tmp_path / "meeting")
+
+
+def test_narrower_projections_hold_fewer_heads_of_the_same_size():
+    """As a rank's own are, cut by hand: 2 heads of 4 features where the layer has 4."""
+    layer = LogarithmicMixing(16, 4, 2, dtype=F64)
+    for name in ("q", "k", "v"):
+        layer.sva.add_module(name, nn.Linear(16, 8, dtype=F64))
+    layer.sva.out_proj = nn.Linear(8, 16, dtype=F64)
+    # The same heads beside two that the output projection does not read.
+    wide = LogarithmicMixing(16, 4, 2, dtype=F64)
+    wide.load_state_dict(layer.state_dict() | {n: p for n, p in wide.state_dict().items() if n.startswith("sva.")})
+    with torch.no_grad():
+        for name in ("q", "k", "v"):
+            wide.sva.get_submodule(name).weight[:8] = layer.sva.get_submodule(name).weight
+            wide.sva.get_submodule(name).bias[:8] = layer.sva.get_submodule(name).bias
+        wide.sva.out_proj.weight[:, :8], wide.sva.out_proj.weight[:, 8:] = layer.sva.out_proj.weight, 0
+        wide.sva.out_proj.bias.copy_(layer.sva.out_proj.bias)
+        x = torch.randn(2, 9, 16, dtype=F64)
+        y, state = layer.prefill(x[:, :5])
+        assert_close("prefill", y, wide(x)[:, :5], VALUE)
+        for t in range(5, 9):
+            y, state = layer.step(x[:, t : t + 1], state)
+            assert_close("step", y, wide(x)[:, t : t + 1], VALUE)
+        assert_close("step_", layer.step_(x, layer.init_state(2, max_position=9)), wide(x), VALUE)
+        layer.sva.q = nn.Linear(16, 6, dtype=F64)
+        with pytest.raises(ValueError, match="^sva.v: expected 6 features, as many as of sva.q, got 8"):
+            layer(x)
+        layer.sva.k, layer.sva.v = nn.Linear(16, 6, dtype=F64), nn.Linear(16, 6, dtype=F64)
+        with pytest.raises(ValueError, match="^sva.q: expected whole heads, a multiple of 4 features, got 6"):
+            layer(x)
