@@ -13,10 +13,10 @@ from python_ref.checks import check_device, check_float, check_shape
 
 from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
-from .parameters import Road, projects_nodes
+from .parameters import TENSORS, Road, projects_nodes
 from .projections import SingleVectorAttention
 from .summarizers import Expander
-from .tensor_parallel import check_local
+from .tensor_parallel import check_local, is_dtensor
 
 
 class MixingParts(Protocol):
@@ -56,9 +56,31 @@ def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
     if weight is None:
         return
+    if not x.is_meta and (type(weight) not in TENSORS or weight.is_meta):
+        check_at_hand(layer._modules)
     check_device("x", x, weight.device)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
+
+
+def check_at_hand(modules: dict[str, Any], above: str = "") -> None:
+    """Whether every weight is there, or its module has what fetches it when it is called.
+
+    Raises:
+        RuntimeError: a wrapper of the layer as a whole fetches them, and was not called.
+    """
+    for name, module in modules.items():
+        if module is None or module._forward_pre_hooks or "forward" in module.__dict__:
+            continue
+        for own, weight in module._parameters.items():
+            if weight is not None and (weight.is_meta or is_dtensor(weight)):
+                raise RuntimeError(
+                    f"{above}{name}.{own}: expected a weight at hand, got {'a meta' if weight.is_meta else 'a sharded'} one. "
+                    "Where a wrapper (FSDP2, offloading) fetches the weights when the layer is called, call the layer: "
+                    "layer(x, return_state=True), layer(x_t, state=state, return_state=True); or tell FSDP2 of the "
+                    "method: register_fsdp_forward_method(layer, 'step')"
+                )
+        check_at_hand(module._modules, f"{above}{name}.")
 
 
 def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device, road: Road) -> MemoryState:

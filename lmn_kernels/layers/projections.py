@@ -79,9 +79,10 @@ class SingleVectorAttention(nn.Module):
     def _project(self, x: Tensor, joins: bool | None, *names: str) -> Tensor:
         layers: list[Any] = [self._modules[name] for name in names]
         if not (joins_projections(self) if joins is None else joins):
-            parts = [layer(x) for layer in layers]
+            flat = x.flatten(0, -3) if x.dim() > 3 else x  # some adapters take four dimensions for an image
+            parts = [layer(flat) for layer in layers]
             _check_parts(parts, names)
-            return torch.cat(parts, -1)
+            return torch.cat(parts, -1).unflatten(0, x.shape[:-2]) if x.dim() > 3 else torch.cat(parts, -1)
         return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -60,7 +60,8 @@ class StepPlan:
         if any("forward" in module.__dict__ for module in below):
             return False
         own = {id(parameter) for parameter in owner.parameters()}
-        return all(id(t) in own and type(t) in (Tensor, nn.Parameter) for t in (*weights.tensors, *weights.block))
+        plain = [t for t in (*weights.tensors, *weights.block) if type(t) in (Tensor, nn.Parameter) and not t.is_meta]
+        return len(plain) == len(weights.tensors) + len(weights.block) and all(id(t) in own for t in plain)
 
     def serves(self, owner: Any, x: Tensor, state: MemoryState) -> bool:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""
