@@ -198,7 +198,11 @@ class LogarithmicMixing(nn.Module):
         """
         road = survey(self)
         weight = road.weight
+        if weight is None:  # those that a wrapper keeps elsewhere still have a dtype
+            weight = next((p for p in self.parameters() if p.is_floating_point()), None)
         own = torch.get_default_dtype() if weight is None else weight.dtype
+        if device is None and weight is not None and not weight.is_meta:
+            device = weight.device
         max_position = check_positive("max_position", max_position, 0)
         return MemoryState.empty(
             batch_size,
@@ -208,7 +212,7 @@ class LogarithmicMixing(nn.Module):
             levels=level_count(max_position),
             width=None if road.joins else width_of(self),
             dtype=torch.promote_types(own, torch.float32) if dtype is None else dtype,
-            device=weight.device if device is None and weight is not None else device,
+            device=device,
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

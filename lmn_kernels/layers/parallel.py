@@ -101,7 +101,7 @@ def pick(nodes: Tensor, row: Tensor, exists: Tensor) -> Tensor:
 def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> tuple[Tensor, Tensor]:
     """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
     node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
-    heads = layer.sva.own_heads(token_qkv.shape[-1] // 3)
+    heads = layer.sva.own_heads(layer.heads, token_qkv.shape[-1] // 3)
     out, _ = attend(token_qkv, node_qv, heads, sequences, expand=road.expand, backend=layer.backend)
     return out, node_qv
 

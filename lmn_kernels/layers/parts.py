@@ -74,8 +74,9 @@ def check_at_hand(modules: dict[str, Any], above: str = "") -> None:
             continue
         for own, weight in module._parameters.items():
             if weight is not None and (weight.is_meta or is_dtensor(weight)):
+                kept = "meta" if weight.is_meta else "sharded"
                 raise RuntimeError(
-                    f"{above}{name}.{own}: expected a weight at hand, got {'a meta' if weight.is_meta else 'a sharded'} one. "
+                    f"{above}{name}.{own}: expected a weight at hand, got a {kept} one. "
                     "Where a wrapper (FSDP2, offloading) fetches the weights when the layer is called, call the layer: "
                     "layer(x, return_state=True), layer(x_t, state=state, return_state=True); or tell FSDP2 of the "
                     "method: register_fsdp_forward_method(layer, 'step')"

@@ -55,13 +55,13 @@ class SingleVectorAttention(nn.Module):
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
-    def own_heads(self, width: int) -> int:
-        """How many heads q, k and v of ``width`` features each hold: all, or this rank's.
+    def own_heads(self, heads: int, width: int) -> int:
+        """How many of H heads q, k and v of ``width`` features each hold: all, or this rank's.
 
         Raises:
             ValueError: no whole number.
         """
-        return own_heads("sva.q", self.q, width, self.heads, self.embedding // self.heads)
+        return own_heads("sva.q", self.q, width, heads, self.embedding // heads)
 
     def own_width(self) -> int:
         """Features of q, k and v each on this rank, as far as that can be said before they are called."""
@@ -100,7 +100,7 @@ class SingleVectorAttention(nn.Module):
         q, v = self.node_qv(memory).chunk(2, -1)
         k = self.k(memory[:, :, 0])
         _check_parts((q, k), "qk")
-        heads = self.own_heads(q.shape[-1])
+        heads = self.own_heads(self.heads, q.shape[-1])
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
         score = torch.einsum("blshd,blhd->blsh", q, k) / math.sqrt(self.embedding // self.heads)
         if valid is not None:

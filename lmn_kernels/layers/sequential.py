@@ -173,7 +173,7 @@ def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Roa
         width = qkv.shape[-1] // 3
         state.check_width(width)
         state = advance(layer, x, state, road)
-        heads = layer.sva.own_heads(width)
+        heads = layer.sva.own_heads(layer.heads, width)
         mixed = reference.attend_state(qkv, state.slots(), heads, state.levels, layer.expand)
         return around.after(x_t, layer.sva.project_out(mixed)[:, None]), state
     state = advance(layer, x, state, road)
