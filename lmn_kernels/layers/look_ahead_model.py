@@ -14,7 +14,7 @@ from python_ref.precision import compute_dtype, no_autocast
 
 from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
-from .look_ahead import LookAheadMemoryLayer, Reach
+from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
 from .parameters import parameter, says_its_weight
 from .tensor_parallel import check_local
 
@@ -92,7 +92,7 @@ class LookAheadMemory(nn.Module):
             )
             for _ in range(layers)
         )  # fmt: skip
-        attention = self._layer(0).dec_attn
+        attention: Any = self.layers[0].dec_attn
         self.heads, self.head_size = attention.heads, attention.head_size
         self.drop = nn.Dropout(dropout)
         for name in ("r_w_bias", "r_r_bias", *_BIASES.get(kind, ())):
@@ -131,8 +131,7 @@ class LookAheadMemory(nn.Module):
             device = self.r_w_bias.device
         like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device)
         inputs = tuple(like.new_empty(batch_size, 0, self.embedding) for _ in range(self._memories))
-        heads = [self._layer(number).dec_attn.own_heads() for number in range(self._outputs)]
-        outputs = tuple(like.new_empty(batch_size, 0, own, self.head_size) for own in heads)
+        outputs = tuple(like.new_empty(batch_size, 0, own, self.head_size) for own in self._own_heads())
         lse = tuple(part.new_empty(part.shape[:3], dtype=compute_dtype(part.dtype)) for part in outputs)
         return LookAheadState(
             inputs, outputs, lse, torch.zeros(batch_size, dtype=torch.int64, device=like.device), 0, True
@@ -148,10 +147,13 @@ class LookAheadMemory(nn.Module):
         """Layers whose attention goes on."""
         return len(self.layers) - (not self.keep_last) if self.looks_ahead else 0
 
-    def _layer(self, number: int) -> LookAheadMemoryLayer:
-        layer = self.layers[number]
-        assert isinstance(layer, LookAheadMemoryLayer)
-        return layer
+    def _own_heads(self) -> list[int]:
+        """Heads of each layer's outputs on this rank; a layer may lie inside a wrapper, or be of another kind."""
+        found = []
+        for layer in self.layers[: self._outputs]:
+            own = (part.own_heads() for part in layer.modules() if isinstance(part, LookAheadMemoryAttention))
+            found.append(next(own, self.heads))
+        return found
 
     def forward(self, x: Tensor, state: LookAheadState | None = None) -> tuple[Tensor, LookAheadState]:
         """One segment of B streams.
@@ -185,7 +187,7 @@ class LookAheadMemory(nn.Module):
         for number in range(len(self.layers)):
             kept = number < self._outputs
             before = (state.outputs[number], state.lse[number]) if kept else (None, None)
-            rows, out, total = self._layer(number)(rows, reach, looks_ahead=kept, output=before[0], lse=before[1])
+            rows, out, total = self.layers[number](rows, reach, looks_ahead=kept, output=before[0], lse=before[1])
             if kept:
                 outputs.append(out)
                 totals.append(total)
@@ -196,7 +198,7 @@ class LookAheadMemory(nn.Module):
         for number in range(len(self.layers)):
             rows = torch.cat([state.inputs[number].to(x.dtype), x], 1)
             inputs.append(rows)
-            x, _, _ = self._layer(number)(rows, reach, looks_ahead=False)
+            x, _, _ = self.layers[number](rows, reach, looks_ahead=False)
         return x, inputs
 
     def _next(
@@ -227,8 +229,7 @@ class LookAheadMemory(nn.Module):
         if not isinstance(state, LookAheadState):
             raise TypeError(f"state: expected a LookAheadState, got {type(state).__name__}")
         # Of layers that have their own heads on each rank, attention itself checks the number.
-        layers = [self._layer(number).dec_attn for number in range(self._outputs)]
-        heads = [self.heads if layer.own_heads() == self.heads else None for layer in layers]
+        heads = [own if own == self.heads else None for own in self._own_heads()]
         state.check_for(x.shape[0], self.embedding, self._memories, heads, self.head_size)
         check_device("state", state.start, x.device)
         return state.last(self.memory_length)
@@ -247,7 +248,9 @@ class LookAheadMemory(nn.Module):
         weight = self.r_w_bias
         wide = compute_dtype(weight.dtype)
         behind = torch.arange(keys, device=weight.device, dtype=wide)
-        parts, own = [behind], self.attn_type == 31 or (self.training and self.drop.p > 0)
+        # What stands in the place of a dropout may draw, too.
+        draws = self.training and getattr(self.drop, "p", 1) > 0
+        parts, own = [behind], self.attn_type == 31 or draws
         if memory and own:
             ahead = torch.arange(memory + 1, device=weight.device, dtype=wide)
             parts.append(-ahead if self.attn_type == 31 else ahead)
