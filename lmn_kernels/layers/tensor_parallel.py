@@ -33,6 +33,8 @@ def mesh_of(projection: nn.Module) -> Any:
 
     A projection may lie inside an adapter. FSDP2 keeps its weights as DTensors as well, in a dimension before.
     """
+    if type(projection._parameters.get("weight")) in TENSORS and not projection._modules:
+        return None  # as nearly always
     for part in projection.modules():
         weight: Any = part._parameters.get("weight")
         if getattr(part, "_distribute_module_applied", False) and is_dtensor(weight):

@@ -34,7 +34,7 @@ class LookAheadState:
         inputs: ``[B, M, E]``, what a layer read in earlier segments: of the first layer alone where the memory looks
             ahead, as the others compute theirs anew; of every layer for Transformer-XL.
         outputs: ``[B, M, H, D]`` of every layer that goes on with them: what attention gave the rows so far, before
-            the output projection.
+            the output projection; of this rank's heads, where ranks share them (docs/parallel.md).
         lse: ``[B, M, H]`` with each of ``outputs``, the log-sum-exp of the scores so far; float32 at least, whatever
             the model's dtype.
         start: ``[B]`` int64: rows before it hold nothing of that stream.
