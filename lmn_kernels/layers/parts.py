@@ -88,6 +88,7 @@ def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torc
     """The state with room for ``tokens`` more, where it is one of this layer's and of ``batch`` rows."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
+    check_local("state", state.nodes, "give a state of to_local() of each tensor")
     # Of projections that are called, the width is known when they are.
     width = layer.embedding if road.joins else state.q.shape[-1]
     state.check_for(batch, layer.embedding, layer.bank, layer.expand, device, width)

@@ -95,6 +95,7 @@ class SingleVectorAttention(nn.Module):
         Returns:
             ``[B, L, E]``.
         """
+        check_local("memory", memory, "give memory.to_local()")
         check_float("memory", memory)
         check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
         q, v = self.node_qv(memory).chunk(2, -1)

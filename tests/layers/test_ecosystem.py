@@ -172,6 +172,27 @@ def test_int8_weights_are_those_that_they_stand_for(torchao):
     assert 1e-4 < (expected - whole).abs().max() / whole.abs().max() < 0.05
 
 
+def test_training_with_int8_weights_in_mind(torchao):
+    """Linears of another class, whose weights alone say too little."""
+    qat = pytest.importorskip("torchao.quantization.qat")
+    layer, x = LogarithmicMemory(32, 4, 2), torch.randn(2, 11, 32)
+    whole = layer(x)
+    torchao.quantize_(
+        layer, qat.QATConfig(weight_config=qat.IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare")
+    )
+    learns(layer, lambda: layer(x).square().sum())
+    plain = copy.deepcopy(layer)
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            linear = nn.Linear(module.in_features, module.out_features)
+            linear.weight = nn.Parameter(module(torch.eye(module.in_features)).T - module.bias[:, None])
+            linear.bias = module.bias
+            plain.set_submodule(name, linear)
+    for name, y in forms(layer, x).items():
+        assert_close(name, y, plain(x), 1e-5)
+    assert 1e-4 < (plain(x) - whole).abs().max() / whole.abs().max() < 0.05
+
+
 @pytest.mark.parametrize("words", [False, True])
 def test_int8_weights_of_a_look_ahead_model(torchao, words):
     model, ids = speaking().eval(), torch.randint(12, (2, 11))
@@ -240,6 +261,17 @@ def test_a_layer_that_is_fetched_whole_is_called_whole(accelerate, tmp_path):
                 RuntimeError, match=r"^summarizer.weight: expected a weight at hand, got a meta one.*call"
             ):
                 call()
+
+
+def test_parts_in_different_places(accelerate, tmp_path):
+    layer, x = block(), torch.randn(2, 11, 16, dtype=F64)
+    expected = layer(x).detach()
+    places = {name: "disk" if name in ("summarizer", "sva", "norm2") else "cpu" for name, _ in layer.named_children()}
+    accelerate.dispatch_model(layer, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert layer.sva.q.weight.is_meta and not layer.feedforward.fc1.weight.is_meta
+    with torch.no_grad():
+        for name, y in forms(layer, x).items():
+            assert_close(name, y, expected, VALUE)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
-from lmn_kernels import LogarithmicMemory, LogarithmicMixing, LookAheadMemory
+from lmn_kernels import LogarithmicMemory, LogarithmicMixing, LookAheadMemory, MemoryState
 
 F64 = torch.float64
 VALUE, GRADIENT = TOLERANCE[F64]
@@ -245,11 +245,18 @@ def check_traffic_and_refusals(mesh: DeviceMesh) -> None:
 
     plain, column, row = LogarithmicMemory(16, 4, 2, dtype=F64), ColwiseParallel, RowwiseParallel
     state, own_state = plain.prefill(x)[1], layer.prefill(x)[1]
+
+    def replicated(state: MemoryState) -> MemoryState:
+        return state._map(lambda tensor: DTensor.from_local(tensor, mesh, [Replicate()]))
+
     everywhere = DTensor.from_local(x.detach(), mesh, [Replicate()])
     for error, message, call in (
         (TypeError, "^x: expected a plain tensor, got a DTensor; give the layer", lambda: layer(everywhere)),
         (TypeError, "^x: .* a DTensor", lambda: layer.step(everywhere[:, :1], layer.init_state(2))),
         (TypeError, "^x: .* a DTensor", lambda: memory()(everywhere)),
+        (TypeError, "^x: .* a DTensor", lambda: plain.step_(everywhere, plain.init_state(2, max_position=11))),
+        (TypeError, "^memory: .* a DTensor", lambda: plain.attention(everywhere[:, :1, None])),
+        (TypeError, "^state: .* a DTensor", lambda: plain.step(x[:, :1], replicated(state))),
         (TypeError, "^sva.v: .*use_local_output=True", lambda: block(sva__v=column(use_local_output=False))(x)),
         (TypeError, "^sva.out_proj: .*use_local", lambda: block(sva__out_proj=row(use_local_output=False))(x)),
         (TypeError, "^feedforward.fc2: .*use", lambda: block(feedforward__fc2=row(use_local_output=False))(x)),
