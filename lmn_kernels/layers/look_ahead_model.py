@@ -150,7 +150,7 @@ class LookAheadMemory(nn.Module):
     def _own_heads(self) -> list[int]:
         """Heads of each layer's outputs on this rank; a layer may lie inside a wrapper, or be of another kind."""
         found = []
-        for layer in self.layers[: self._outputs]:
+        for layer in list(self.layers)[: self._outputs]:
             own = (part.own_heads() for part in layer.modules() if isinstance(part, LookAheadMemoryAttention))
             found.append(next(own, self.heads))
         return found

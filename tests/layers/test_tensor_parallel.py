@@ -117,7 +117,7 @@ def check_block(name: str, plain: LogarithmicMixing, layer: LogarithmicMixing, m
 
 
 def check_blocks(mesh: DeviceMesh) -> None:
-    for options in ({}, {"lean": True, "summarizer": "conv"}, {"_expand": 1, "init": "variance_preserving"}):
+    for options in ({"lean": True, "summarizer": "conv"}, {"_expand": 1, "init": "variance_preserving"}):
         plain = LogarithmicMemory(16, 4, 2, dtype=F64, **options)
         layer = parallelize_module(copy.deepcopy(plain), mesh, block_plan())
         assert layer.sva.q.weight.to_local().shape[0] == 16 // mesh.size()
