@@ -14,6 +14,7 @@ from python_ref.checks import check_positive
 from .mixing import LogarithmicMixing
 from .parameters import drops_nothing, is_plain, is_plain_linear, parameter, weight_and_bias
 from .parts import make_dropout
+from .tensor_parallel import check_local
 
 
 class FeedForward(nn.Module):
@@ -38,6 +39,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        check_local("feedforward.fc2", y)
         drop = self._modules.get("drop")
         return y if drop is None else drop(y)
 

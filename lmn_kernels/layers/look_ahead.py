@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from python_ref.checks import check_positive
+from python_ref.checks import check_positive, check_shape
 from python_ref.look_ahead import merge
 from python_ref.precision import compute_dtype
 
 from ..backend import choice
 from ..ops.look_ahead import look_ahead_attend
+from .tensor_parallel import check_local, check_takes, mesh_of, own_heads, part_of, ranks_of, whole
 
 
 class Reach(NamedTuple):
@@ -107,25 +108,58 @@ class LookAheadMemoryAttention(nn.Module):
         tokens = reach.tokens
         rows = x if looks_ahead else x[:, -tokens:]
         normed = self.layer_norm(x) if self.pre_norm else x
-        q = self.q_net(normed if looks_ahead else normed[:, -tokens:]).unflatten(-1, (self.heads, -1))
-        kv = self.kv_net(normed).unflatten(-1, (2, self.heads, -1))
-        table = self.r_net(reach.distances).unflatten(-1, (self.heads, -1))
+        q = self.q_net(normed if looks_ahead else normed[:, -tokens:])
+        q, kv, table, bias = self._own(q, self.kv_net(normed), self.r_net(reach.distances), reach.bias)
         memory = q.shape[1] - tokens
         if not memory or output is None or lse is None:
             output = lse = None
         else:
             output, lse = output.to(q.dtype), lse.to(compute_dtype(q.dtype))
+            check_shape("output", output, (len(q), memory, *q.shape[2:]), "[batch, memory, heads, head size]")
         literal = self.merge_eps > 0
         out, total = look_ahead_attend(
-            q, kv, reach.bias.to(q.dtype), table, tokens=tokens,
+            q, kv, bias.to(q.dtype), table, tokens=tokens,
             output=None if literal else output, lse=None if literal else lse, start=reach.start, window=reach.window,
             future_row=reach.future_row, backend=self.backend,
         )  # fmt: skip
         if literal and output is not None and lse is not None:
             merged, merged_total = merge(output, lse, out[:, :memory], total[:, :memory], self.merge_eps)
             out, total = torch.cat([merged, out[:, memory:]], 1), torch.cat([merged_total, total[:, memory:]], 1)
-        y = rows + self.drop(self.o_net(out.flatten(2)))
+        if out.shape[2] != self.heads:
+            check_takes("o_net", self.o_net, out.shape[2] * out.shape[3])
+        y = self.o_net(out.flatten(2))
+        check_local("o_net", y)
+        y = rows + self.drop(y)
         return y if self.pre_norm else self.layer_norm(y), out, total
+
+    def own_heads(self) -> int:
+        """How many heads are this rank's, as far as that can be said before ``q_net`` is called."""
+        return self.heads // ranks_of("q_net", self.q_net, self.heads)
+
+    def _own(self, q: Tensor, kv: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the projections returned, and u and v ``[4, H, D]``, by heads: all, or those of which q is."""
+        for name, part in (("q_net", q), ("kv_net", kv), ("r_net", table)):
+            check_local(name, part)
+        size = self.head_size
+        heads = own_heads("q_net", self.q_net, q.shape[-1], self.heads, size)
+        inner = self.heads * size
+        if heads != self.heads:
+            mesh = mesh_of(self.q_net)
+            if mesh is None:
+                raise ValueError(f"q_net: expected {inner} features (or weights of ColwiseParallel), got {q.shape[-1]}")
+            bias = part_of(bias, 1, mesh)
+            if table.shape[-1] == inner:
+                table = part_of(table, 1, mesh)
+            # The first half of its features are the keys of all heads, so no rank has both of its own.
+            if kv.shape[-1] != 2 * inner and mesh_of(self.kv_net) is not None:
+                kv = whole(kv, mesh)
+            if kv.shape[-1] == 2 * inner:
+                kv = part_of(kv.unflatten(-1, (2, self.heads, size)), 3, mesh).flatten(2)
+        for name, part, width in (("kv_net", kv, 2 * heads * size), ("r_net", table, heads * size)):
+            if part.shape[-1] != width:
+                raise ValueError(f"{name}: expected {width} features for {heads} heads of q_net, got {part.shape[-1]}")
+        by_heads = (part.unflatten(-1, shape) for part, shape in ((q, (heads, size)), (kv, (2, heads, size))))
+        return *by_heads, table.unflatten(-1, (heads, size)), bias
 
 
 class _FeedForward(nn.Module):
@@ -147,8 +181,9 @@ class _FeedForward(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.CoreNet(self.layer_norm(x)) if self.pre_norm else self.layer_norm(x + self.CoreNet(x))
-        return y
+        y: Tensor = self.CoreNet(self.layer_norm(x) if self.pre_norm else x)
+        check_local("CoreNet", y)
+        return x + y if self.pre_norm else self.layer_norm(x + y)
 
 
 class LookAheadMemoryLayer(nn.Module):

@@ -14,8 +14,9 @@ from python_ref.precision import compute_dtype, no_autocast
 
 from ..backend.transforms import autocasts
 from ..states.look_ahead import LookAheadState
-from .look_ahead import LookAheadMemoryLayer, Reach
-from .parameters import drawn_by
+from .look_ahead import LookAheadMemoryAttention, LookAheadMemoryLayer, Reach
+from .parameters import drawn_by, parameter, says_its_weight
+from .tensor_parallel import check_local
 
 # The original's numbers: no look-ahead (Transformer-XL), and three ways to tell ahead from behind.
 ATTENTION_TYPES = (0, 3, 31, 32)
@@ -91,7 +92,7 @@ class LookAheadMemory(nn.Module):
             )
             for _ in range(layers)
         )  # fmt: skip
-        attention = self._layer(0).dec_attn
+        attention: Any = self.layers[0].dec_attn
         self.heads, self.head_size = attention.heads, attention.head_size
         self.drop = nn.Dropout(dropout)
         for name in ("r_w_bias", "r_r_bias", *_BIASES.get(kind, ())):
@@ -110,11 +111,11 @@ class LookAheadMemory(nn.Module):
         self._draw_biases()
 
     def _draw_biases(self) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, bias in self.named_parameters(recurse=False):
             if name.endswith("_future"):
-                nn.init.xavier_uniform_(parameter)
+                nn.init.xavier_uniform_(bias)
             else:
-                nn.init.normal_(parameter, 0.0, 0.02)
+                nn.init.normal_(bias, 0.0, 0.02)
 
     @property
     def looks_ahead(self) -> bool:
@@ -128,9 +129,11 @@ class LookAheadMemory(nn.Module):
     ) -> LookAheadState:
         """The state before the first segment, in the parameters' dtype and on their device unless told otherwise."""
         batch_size = check_positive("batch_size", batch_size, 0)
-        like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device or self.r_w_bias.device)
+        if device is None and not self.r_w_bias.is_meta:  # where a wrapper that fetches weights may have left it
+            device = self.r_w_bias.device
+        like = torch.empty(0, dtype=dtype or self.r_w_bias.dtype, device=device)
         inputs = tuple(like.new_empty(batch_size, 0, self.embedding) for _ in range(self._memories))
-        outputs = tuple(like.new_empty(batch_size, 0, self.heads, self.head_size) for _ in range(self._outputs))
+        outputs = tuple(like.new_empty(batch_size, 0, own, self.head_size) for own in self._own_heads())
         lse = tuple(part.new_empty(part.shape[:3], dtype=compute_dtype(part.dtype)) for part in outputs)
         return LookAheadState(
             inputs, outputs, lse, torch.zeros(batch_size, dtype=torch.int64, device=like.device), 0, True
@@ -146,10 +149,13 @@ class LookAheadMemory(nn.Module):
         """Layers whose attention goes on."""
         return len(self.layers) - (not self.keep_last) if self.looks_ahead else 0
 
-    def _layer(self, number: int) -> LookAheadMemoryLayer:
-        layer = self.layers[number]
-        assert isinstance(layer, LookAheadMemoryLayer)
-        return layer
+    def _own_heads(self) -> list[int]:
+        """Heads of each layer's outputs on this rank; a layer may lie inside a wrapper, or be of another kind."""
+        found = []
+        for layer in list(self.layers)[: self._outputs]:
+            own = (part.own_heads() for part in layer.modules() if isinstance(part, LookAheadMemoryAttention))
+            found.append(next(own, self.heads))
+        return found
 
     def forward(self, x: Tensor, state: LookAheadState | None = None) -> tuple[Tensor, LookAheadState]:
         """One segment of B streams.
@@ -183,7 +189,7 @@ class LookAheadMemory(nn.Module):
         for number in range(len(self.layers)):
             kept = number < self._outputs
             before = (state.outputs[number], state.lse[number]) if kept else (None, None)
-            rows, out, total = self._layer(number)(rows, reach, looks_ahead=kept, output=before[0], lse=before[1])
+            rows, out, total = self.layers[number](rows, reach, looks_ahead=kept, output=before[0], lse=before[1])
             if kept:
                 outputs.append(out)
                 totals.append(total)
@@ -194,7 +200,7 @@ class LookAheadMemory(nn.Module):
         for number in range(len(self.layers)):
             rows = torch.cat([state.inputs[number].to(x.dtype), x], 1)
             inputs.append(rows)
-            x, _, _ = self._layer(number)(rows, reach, looks_ahead=False)
+            x, _, _ = self.layers[number](rows, reach, looks_ahead=False)
         return x, inputs
 
     def _next(
@@ -211,6 +217,7 @@ class LookAheadMemory(nn.Module):
         return replace(kept, is_even=True)
 
     def _fit(self, x: Tensor, state: LookAheadState | None) -> LookAheadState:
+        check_local("x", x, "give the model x.to_local(), the same on every rank of a tensor-parallel group")
         check_float("x", x)
         check_shape("x", x, (None, None, self.embedding), "[batch, tokens, embedding]")
         if x.shape[1] < 1:
@@ -220,11 +227,12 @@ class LookAheadMemory(nn.Module):
         if x.dtype != weight.dtype and not autocasts(x.device.type):
             raise TypeError(f"x: expected dtype {weight.dtype} of the parameters (or torch.autocast), got {x.dtype}")
         if state is None:
-            return self.init_state(x.shape[0])
+            return self.init_state(x.shape[0], device=x.device)
         if not isinstance(state, LookAheadState):
             raise TypeError(f"state: expected a LookAheadState, got {type(state).__name__}")
-        sizes = self._memories, self._outputs, self.heads, self.head_size
-        state.check_for(x.shape[0], self.embedding, *sizes)
+        # Of layers that have their own heads on each rank, attention itself checks the number.
+        heads = [own if own == self.heads else None for own in self._own_heads()]
+        state.check_for(x.shape[0], self.embedding, self._memories, heads, self.head_size)
         check_device("state", state.start, x.device)
         return state.last(self.memory_length)
 
@@ -242,7 +250,9 @@ class LookAheadMemory(nn.Module):
         weight = self.r_w_bias
         wide = compute_dtype(weight.dtype)
         behind = torch.arange(keys, device=weight.device, dtype=wide)
-        parts, own = [behind], self.attn_type == 31 or (self.training and self.drop.p > 0)
+        # What stands in the place of a dropout may draw, too.
+        draws = self.training and getattr(self.drop, "p", 1) > 0
+        parts, own = [behind], self.attn_type == 31 or draws
         if memory and own:
             ahead = torch.arange(memory + 1, device=weight.device, dtype=wide)
             parts.append(-ahead if self.attn_type == 31 else ahead)
@@ -297,11 +307,19 @@ class LookAheadLanguageModel(LookAheadMemory):
         check_shape("ids", ids, (None, None), "[batch, tokens]")
         check_ids("ids", ids, ids.shape, 0, self.symbols - 1)
         y, state = super().forward(self._table()(ids) * self.embedding**0.5, state)
-        return self.crit["out_layers"][0](y, self._table().weight), state  # type: ignore[index]
+        return self.crit["out_layers"][0](y, self._symbols(y.device)), state  # type: ignore[index]
 
     def _table(self) -> nn.Embedding:
         table: nn.Embedding = self.word_emb["emb_layers"][0]  # type: ignore[index]
         return table
+
+    def _symbols(self, device: torch.device) -> Tensor:
+        """The embedding of every symbol: its weights, or, where they are not at hand or not all, what it returns."""
+        table = self._table()
+        if says_its_weight(table, nn.Embedding):
+            return parameter(table, "weight")
+        rows: Tensor = table(torch.arange(self.symbols, device=device))
+        return rows
 
 
 class _TiedOutput(nn.Module):

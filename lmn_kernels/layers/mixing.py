@@ -22,7 +22,7 @@ from ..backend.choice import check_name
 from ..states.memory import MemoryState
 from . import original, parallel, sequential
 from .parameters import drops_nothing, expand_of, survey
-from .parts import check_input, check_own_memory, make_dropout
+from .parts import check_input, check_own_memory, make_dropout, width_of
 from .projections import SingleVectorAttention
 from .summarizers import Expander, make_summarizer
 
@@ -231,8 +231,13 @@ class LogarithmicMixing(nn.Module):
             dtype: of the nodes; float32 at least where None.
             device: that of the parameters where None.
         """
-        weight = survey(self).weight
+        road = survey(self)
+        weight = road.weight
+        if weight is None:  # those that a wrapper keeps elsewhere still have a dtype
+            weight = next((p for p in self.parameters() if p.is_floating_point()), None)
         own = torch.get_default_dtype() if weight is None else weight.dtype
+        if device is None and weight is not None and not weight.is_meta:
+            device = weight.device
         max_position = check_positive("max_position", max_position, 0)
         return MemoryState.empty(
             batch_size,
@@ -240,8 +245,9 @@ class LogarithmicMixing(nn.Module):
             self.bank,
             expand=self.expand,
             levels=level_count(max_position),
+            width=None if road.joins else width_of(self),
             dtype=torch.promote_types(own, torch.float32) if dtype is None else dtype,
-            device=weight.device if device is None and weight is not None else device,
+            device=device,
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

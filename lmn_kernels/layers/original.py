@@ -64,7 +64,7 @@ def _take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> Memory
     check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     stream = layer.init_state(x_t.shape[0]) if stream is None else stream
-    stream = fit(layer, stream, x_t.shape[0], 1, x_t.device)
+    stream = fit(layer, stream, x_t.shape[0], 1, x_t.device, road)
     plan_of(layer, x_t, stream, road)
     return advance(layer, x_t[:, 0], stream, road, projects=False)[0]
 

@@ -22,6 +22,7 @@ from ..states.memory import MemoryState
 from .parameters import Road, may_draw
 from .parts import MixingParts, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .summarizers import LinearMapSummarizer
+from .tensor_parallel import check_local
 
 Named = list[tuple[str, Tensor]]
 Version = tuple[str, Tensor, int]
@@ -32,7 +33,7 @@ def run(
 ) -> tuple[Tensor, MemoryState | None]:
     """The layer over ``x [B, L, E]``, with what surrounds the mixing, and the state behind its last tokens."""
     if state is not None:
-        state = fit(layer, state, sequences.count, sequences.max_position, x.device)
+        state = fit(layer, state, sequences.count, sequences.max_position, x.device, road)
     order = sequences.order
     if order is not None:
         x, sequences = order.take(x), sequences.in_order()
@@ -43,7 +44,9 @@ def run(
         padding = ~is_token.view(*x.shape[:2], 1)
         x = x.masked_fill(padding, 0)
     around = layer.around()
-    mixed, new_state = _mix(layer, around.before(x), sequences, road, state, want_state)
+    before = around.before(x)
+    check_local("norm1", before, "its output must be whole on every rank, as without SequenceParallel")
+    mixed, new_state = _mix(layer, before, sequences, road, state, want_state)
     if state is not None or new_state is not None:
         check_recomputation(state, new_state)
     y = around.after(x, mixed)
@@ -66,7 +69,7 @@ def _mix(
             out, node_qv = _read_again(*given)
         else:
             out, node_qv = _read(*given)
-        y = layer.sva.out_proj(out).view(x.shape)
+        y = layer.sva.project_out(out).view(x.shape)
     return y, _state_after(layer, flat, nodes, node_qv, sequences, road, state) if want_state else None
 
 
@@ -98,7 +101,8 @@ def pick(nodes: Tensor, row: Tensor, exists: Tensor) -> Tensor:
 def _read(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences, road: Road) -> tuple[Tensor, Tensor]:
     """Attention over tokens and nodes, ``[M, E]``; and q and v of the nodes."""
     node_qv, token_qkv = layer.sva.node_qv(nodes, road.joins), layer.sva.token_qkv(flat, road.joins)
-    out, _ = attend(token_qkv, node_qv, layer.heads, sequences, expand=road.expand, backend=layer.backend)
+    heads = layer.sva.own_heads(layer.heads, token_qkv.shape[-1] // 3)
+    out, _ = attend(token_qkv, node_qv, heads, sequences, expand=road.expand, backend=layer.backend)
     return out, node_qv
 
 
@@ -225,6 +229,7 @@ def _state_after(
         dtype = torch.promote_types((flat if road.weight is None else road.weight).dtype, torch.float32)
     else:
         levels, dtype = state.levels, state.nodes.dtype
+        state.check_width(node_qv.shape[-1] // 2)
     layout = Layout(sequences, layer.expand, flat.device)
     _, length, offset, _, _ = layout.tables()
     row, exists = layout.slots(torch.arange(sequences.count, device=flat.device), offset + length, levels)

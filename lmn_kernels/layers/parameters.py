@@ -19,7 +19,7 @@ from torch.nn.modules import module as every_module
 from python_ref.step import Linear
 
 # Plain ones, and what torch.export and make_fx put in their place while they trace.
-_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 # Forwards that use their module's parameters as a road around them does: of marked classes, and of what they hold.
 _MARKED: list[Any] = []
 _CHILDREN = (nn.Linear.forward, nn.Conv1d.forward, nn.ConvTranspose1d.forward)
@@ -99,6 +99,12 @@ def _only_watches(hook: Any) -> bool:
 _TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 
 
+def says_its_weight(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module calls its own weight, which is at hand: neither replaced, nor kept elsewhere by a wrapper."""
+    at_hand = all(type(p) in TENSORS and not p.is_meta for p in module._parameters.values() if p is not None)
+    return _calls_its_own(module, (kind.forward,)) and at_hand
+
+
 def expand_of(layer: Any) -> int:
     """k of a layer's expander; 0 without one."""
     expander = layer._modules.get("expander")
@@ -149,7 +155,8 @@ def survey(layer: Any) -> Road:
     expand = expand_of(layer)
     if not _is_known(sva):
         return Road(merges, False, ("sva",), False, expand, _first_weight(layer))
-    called = tuple(f"sva.{n}" for n in ("q", "k", "v", "out_proj") if not is_plain_linear(sva._modules[n]))
+    names, size = ("q", "k", "v", "out_proj"), sva.embedding
+    called = tuple(f"sva.{name}" for name in names if not _is_square(sva._modules[name], size))
     joins = called in ((), ("sva.out_proj",)) and all(_has_plain_tensors(sva._modules[name]) for name in "qkv")
     weight = sva._modules["q"]._parameters.get("weight") if joins else None
     return Road(merges, True, called, joins, expand, _first_weight(layer) if weight is None else weight)
@@ -157,8 +164,8 @@ def survey(layer: Any) -> Road:
 
 def joins_projections(sva: Any) -> bool:
     """Whether weights and biases of q, k and v are all there is to them, and tensors that one product takes."""
-    parts = [sva._modules[name] for name in ("q", "k", "v")]
-    return all(is_plain_linear(part) and _has_plain_tensors(part) for part in parts)
+    parts, size = [sva._modules[name] for name in ("q", "k", "v")], sva.embedding
+    return all(_is_square(part, size) and _has_plain_tensors(part) for part in parts)
 
 
 def projects_nodes(sva: Any) -> bool:
@@ -168,7 +175,7 @@ def projects_nodes(sva: Any) -> bool:
     """
     if not _calls_its_own(sva, _MARKED):
         return False
-    return all(_has_plain_tensors(part) for name in ("q", "v") for part in sva._modules[name].modules())
+    return all(_is_at_hand(part) for name in ("q", "v") for part in sva._modules[name].modules())
 
 
 def may_draw(sva: Any) -> bool:
@@ -194,7 +201,18 @@ def _only_weights(module: Any) -> bool:
 
 
 def _has_plain_tensors(module: Any) -> bool:
-    return all(parameter is None or type(parameter) in _TENSORS for parameter in module._parameters.values())
+    return all(parameter is None or type(parameter) in TENSORS for parameter in module._parameters.values())
+
+
+def _is_square(module: Any, size: int) -> bool:
+    """Whether a projection is a plain linear one of all heads."""
+    return is_plain_linear(module) and module.in_features == module.out_features == size
+
+
+def _is_at_hand(module: Any) -> bool:
+    if getattr(module, "_distribute_module_applied", False):  # tensor parallelism; FSDP2 adds a dimension to the mesh
+        return all(parameter is None or parameter.device_mesh.ndim == 1 for parameter in module._parameters.values())
+    return _has_plain_tensors(module)
 
 
 def _first_weight(layer: nn.Module) -> Tensor | None:

@@ -15,9 +15,10 @@ from python_ref.tree import merge_stacks
 
 from ..backend.transforms import autocasts, recomputes_reentrantly
 from ..states.memory import MemoryState
-from .parameters import Road, projects_nodes
+from .parameters import TENSORS, Road, projects_nodes
 from .projections import SingleVectorAttention
 from .summarizers import Expander
+from .tensor_parallel import check_local, is_dtensor
 
 
 class MixingParts(Protocol):
@@ -63,20 +64,47 @@ def make_dropout(rate: float) -> nn.Module | None:
 
 def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
     """Whether x is ``[B, L, E]`` on the device of a weight and in its dtype (or a region of autocast casts it)."""
+    check_local("x", x, "give the layer x.to_local(), the same on every rank of a tensor-parallel group")
     check_float("x", x)
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
     if weight is None:
         return
+    if not x.is_meta and (type(weight) not in TENSORS or weight.is_meta):
+        check_at_hand(layer._modules)
     check_device("x", x, weight.device)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"x: expected dtype {weight.dtype} of the layer (or torch.autocast), got {x.dtype}")
 
 
-def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device) -> MemoryState:
+def check_at_hand(modules: dict[str, Any], above: str = "") -> None:
+    """Whether every weight is there, or its module has what fetches it when it is called.
+
+    Raises:
+        RuntimeError: a wrapper of the layer as a whole fetches them, and was not called.
+    """
+    for name, module in modules.items():
+        if module is None or module._forward_pre_hooks or "forward" in module.__dict__:
+            continue
+        for own, weight in module._parameters.items():
+            if weight is not None and (weight.is_meta or is_dtensor(weight)):
+                kept = "meta" if weight.is_meta else "sharded"
+                raise RuntimeError(
+                    f"{above}{name}.{own}: expected a weight at hand, got a {kept} one. "
+                    "Where a wrapper (FSDP2, offloading) fetches the weights when the layer is called, call the layer: "
+                    "layer(x, return_state=True), layer(x_t, state=state, return_state=True); or tell FSDP2 of the "
+                    "method: register_fsdp_forward_method(layer, 'step')"
+                )
+        check_at_hand(module._modules, f"{above}{name}.")
+
+
+def fit(layer: MixingParts, state: object, batch: int, tokens: int, device: torch.device, road: Road) -> MemoryState:
     """The state with room for ``tokens`` more, where it is one of this layer's and of ``batch`` rows."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    state.check_for(batch, layer.embedding, layer.bank, layer.expand, device)
+    check_local("state", state.nodes, "give a state of to_local() of each tensor")
+    # Of projections that are called, the width is known when they are.
+    width = layer.embedding if road.joins else state.q.shape[-1]
+    state.check_for(batch, layer.embedding, layer.bank, layer.expand, device, width)
     return state.with_room(state.max_position + tokens)
 
 
@@ -128,4 +156,10 @@ def node_qv_of(layer: MixingParts, nodes: Tensor, road: Road) -> Tensor:
     """
     if road.attends or projects_nodes(layer.sva):
         return layer.sva.node_qv(nodes, road.joins)
-    return nodes.new_full((*nodes.shape[:-1], 2 * nodes.shape[-1]), torch.nan)
+    return nodes.new_full((*nodes.shape[:-1], 2 * width_of(layer)), torch.nan)
+
+
+def width_of(layer: MixingParts) -> int:
+    """Features of q and v in the layer's states: E, or those of this rank's heads."""
+    sva = layer._modules["sva"]
+    return sva.own_width() if isinstance(sva, SingleVectorAttention) else layer.embedding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from python_ref.checks import check_float, check_shape
 from python_ref.step import Linear, attend_slots
 
 from .parameters import is_plain_linear, joins_projections, known_by_weights, weight_and_bias
+from .tensor_parallel import check_local, check_takes, own_heads, ranks_of
 
 
 @known_by_weights
@@ -72,10 +74,34 @@ class SingleVectorAttention(nn.Module):
         q, k, v, out = (weight_and_bias(self._modules[name]) for name in ("q", "k", "v", "out_proj"))
         return q, k, v, out
 
+    def own_heads(self, heads: int, width: int) -> int:
+        """How many of H heads q, k and v of ``width`` features each hold: all, or this rank's.
+
+        Raises:
+            ValueError: no whole number.
+        """
+        return own_heads("sva.q", self.q, width, heads, self.embedding // heads)
+
+    def own_width(self) -> int:
+        """Features of q, k and v each on this rank, as far as that can be said before they are called."""
+        q: Any = self._modules["q"]
+        return int(getattr(q, "out_features", self.embedding)) // ranks_of("sva.q", q, self.heads)
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """``out_proj`` of what attention gave this rank's heads: ``[..., E]``."""
+        if mixed.shape[-1] != self.embedding:
+            check_takes("sva.out_proj", self.out_proj, mixed.shape[-1])
+        y = _through(self._modules["out_proj"], mixed)
+        check_local("sva.out_proj", y)
+        return y
+
     def _project(self, x: Tensor, joins: bool | None, *names: str) -> Tensor:
         layers: list[Any] = [self._modules[name] for name in names]
         if not (joins_projections(self) if joins is None else joins):
-            return torch.cat([layer(x) for layer in layers], -1)
+            flat = x.flatten(0, -3) if x.dim() > 3 else x  # some adapters take four dimensions for an image
+            parts = [layer(flat) for layer in layers]
+            _check_parts(parts, names)
+            return torch.cat(parts, -1).unflatten(0, x.shape[:-2]) if x.dim() > 3 else torch.cat(parts, -1)
         weight, bias = torch.cat([layer.weight for layer in layers]), None
         if any(layer.bias is not None for layer in layers):
             bias = torch.cat([weight_and_bias(layer).bias for layer in layers])
@@ -91,17 +117,29 @@ class SingleVectorAttention(nn.Module):
         Returns:
             ``[B, L, E]``.
         """
+        check_local("memory", memory, "give memory.to_local()")
         check_float("memory", memory)
         check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
         places, modules = memory.shape[:2], self._modules
         rows = memory.flatten(0, 1)
         q, k, v = _through(modules["q"], rows), _through(modules["k"], rows[:, 0]), _through(modules["v"], rows)
+        _check_parts((q, k, v), "qkv")
         if valid is not None:
             valid = valid.expand(*places, -1).flatten(0, 1)
-        return _through(modules["out_proj"], attend_slots(k, q, v, valid, self.heads).unflatten(0, places))
+        heads = self.own_heads(self.heads, q.shape[-1])
+        return self.project_out(attend_slots(k, q, v, valid, heads).unflatten(0, places))
 
 
 def _through(part: Any, x: Tensor) -> Tensor:
     """What a projection makes of x: called, unless its weights say all, for the price of a call of a module."""
     y: Tensor = F.linear(x, part.weight, part.bias) if is_plain_linear(part) else part(x)
     return y
+
+
+def _check_parts(parts: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Whether what projections returned, q first, are plain tensors of one width."""
+    width = parts[0].shape[-1]
+    for name, part in zip(names, parts, strict=True):
+        check_local(f"sva.{name}", part)
+        if part.shape[-1] != width:
+            raise ValueError(f"sva.{name}: expected {width} features, as many as of sva.q, got {part.shape[-1]}")

@@ -22,6 +22,7 @@ from ..states.memory import MemoryState
 from .parameters import Road, survey, weight_and_bias
 from .parts import MixingParts, check_input, check_recomputation, fit, merge_stacks_of, node_qv_of
 from .step_plan import StepPlan
+from .tensor_parallel import check_local
 
 
 def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = True) -> tuple[Tensor, MemoryState]:
@@ -184,7 +185,7 @@ def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road)
     """The state with room for one more token."""
     check_input(layer, x_t, road.weight)
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
-    return fit(layer, state, x_t.shape[0], 1, x_t.device)
+    return fit(layer, state, x_t.shape[0], 1, x_t.device, road)
 
 
 def unserved(layer: MixingParts, x_t: Tensor) -> bool:
@@ -220,12 +221,18 @@ def plain_weights(layer: MixingParts, x_t: Tensor, road: Road) -> StepWeights | 
 
 def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> tuple[Tensor, MemoryState]:
     around = layer.around()
-    x = under_autocast(around.before(x_t)[:, 0])
-    state, turn = advance(layer, x, state, road)
+    before = around.before(x_t)
+    check_local("norm1", before, "its output must be whole on every rank, as without SequenceParallel")
+    x = under_autocast(before[:, 0])
     if road.attends:
         own = layer.sva.token_qkv(x, road.joins).chunk(3, -1)
-        mixed = reference.attend_state(own, state.slots(), layer.heads, state.levels, layer.expand, turn)
-        return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
+        width = own[0].shape[-1]
+        state.check_width(width)
+        state, turn = advance(layer, x, state, road)
+        heads = layer.sva.own_heads(layer.heads, width)
+        mixed = reference.attend_state(own, state.slots(), heads, state.levels, layer.expand, turn)
+        return around.after(x_t, layer.sva.project_out(mixed)[:, None]), state
+    state, _ = advance(layer, x, state, road)
     valid = state.valid().repeat_interleave(layer.bank, 1)
     nodes = state.nodes.flatten(1, 2).masked_fill(~valid[..., None], 0).to(x.dtype)
     valid = torch.nn.functional.pad(valid, (1, 0), value=True)
@@ -237,7 +244,7 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
     """`step_` with the layer's own modules, where they are more than their weights."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState, got {type(state).__name__}")
-    state.check_for(state.batch_size, layer.embedding, layer.bank, layer.expand, x.device)
+    state = fit(layer, state, state.batch_size, 0, x.device, road)
     check_rows(x, state, slots)
 
     def take(given: Tensor, old: Slots) -> tuple[Tensor, Slots]:

@@ -82,7 +82,8 @@ class StepPlan:
             return False
         own = {id(parameter) for parameter in owner.parameters()}
         tensors = *weights.tensors, *weights.block
-        return all((id(t) in own and type(t) in (Tensor, nn.Parameter)) or is_zeros(t) for t in tensors)
+        plain = (Tensor, nn.Parameter)
+        return all((id(t) in own and type(t) in plain and not t.is_meta) or is_zeros(t) for t in tensors)
 
     def serves(self, owner: Any, x: Tensor, state: MemoryState) -> bool:
         """Whether nothing has changed, and nothing but plain tensors is involved, for which no gradient is recorded."""

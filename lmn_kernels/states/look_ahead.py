@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class LookAheadState:
         inputs: ``[B, M, E]``, what a layer read in earlier segments: of the first layer alone where the memory looks
             ahead, as the others compute theirs anew; of every layer for Transformer-XL.
         outputs: ``[B, M, H, D]`` of every layer that goes on with them: what attention gave the rows so far, before
-            the output projection.
+            the output projection; of this rank's heads, where ranks share them (docs/parallel.md).
         lse: ``[B, M, H]`` with each of ``outputs``, the log-sum-exp of the scores so far; float32 at least, whatever
             the model's dtype.
         start: ``[B]`` int64: rows before it hold nothing of that stream.
@@ -122,25 +122,29 @@ class LookAheadState:
         kept = self._map(lambda tensor: newest(tensor) if tensor.dim() > 1 else tensor)
         return replace(kept, start=(self.start - dropped).clamp(min=0))
 
-    def check_for(self, batch_size: int, embedding: int, layers: int, cached: int, heads: int, size: int) -> None:
-        """Whether a model with these sizes, that keeps ``cached`` outputs of ``layers``, can go on from this state.
+    def check_for(self, batch_size: int, embedding: int, layers: int, heads: Sequence[int | None], size: int) -> None:
+        """Whether a model with these sizes can go on from this state: inputs of ``layers``, and outputs of ``heads``.
+
+        One of ``heads`` is there for each layer that has outputs; None for any number.
 
         Raises:
             TypeError: a tensor has another kind of dtype.
             ValueError: the state belongs to another model or batch.
         """
+        cached = len(heads)
         if (len(self.inputs), len(self.outputs), len(self.lse)) != (layers, cached, cached):
             raise ValueError(
                 f"state: expected inputs of {layers} and outputs of {cached} layers, got those of {len(self.inputs)} "
                 f"and {len(self.outputs)}"
             )
         check_shape("state.start", self.start, (batch_size,), "[batch]")
-        for name, parts, shape, axes in (
-            ("inputs", self.inputs, (batch_size, self.length, embedding), "[batch, memory, embedding]"),
-            ("outputs", self.outputs, (batch_size, self.length, heads, size), "[batch, memory, heads, head size]"),
-            ("lse", self.lse, (batch_size, self.length, heads), "[batch, memory, heads]"),
+        rows = batch_size, self.length
+        for name, parts, shapes, axes in (
+            ("inputs", self.inputs, [(*rows, embedding)] * layers, "[batch, memory, embedding]"),
+            ("outputs", self.outputs, [(*rows, own, size) for own in heads], "[batch, memory, heads, head size]"),
+            ("lse", self.lse, [(*rows, own) for own in heads], "[batch, memory, heads]"),
         ):
-            for layer, part in enumerate(parts):
+            for layer, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
                 check_float(f"state.{name}[{layer}]", part)
                 check_shape(f"state.{name}[{layer}]", part, shape, axes)
                 check_device(f"state.{name}[{layer}]", part, self.start.device)

@@ -41,7 +41,8 @@ class MemoryState:
         token: ``[B, E]`` the newest token, as the mixing layer saw it (behind its norm).
         nodes: ``[B, R, m, E]`` the newest complete node of levels 1, 2, …, D: 1 + i·expand rows for
             level i. Zero, and without effect, where position < 2^i.
-        q, v: ``[B, R, m, E]`` their projections.
+        q, v: ``[B, R, m, E]`` their projections; ``[B, R, m, E/P]``, those of this rank's heads, where P ranks share
+            them (docs/parallel.md).
         expand: k of the expander, 0 without one.
         levels: D, the levels that there is room for; layers make room as positions grow.
         max_position: upper bound on every position, known without reading the device.
@@ -65,10 +66,11 @@ class MemoryState:
         *,
         expand: int = 0,
         levels: int = 0,
+        width: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> MemoryState:
-        """The state before the first token, with room for ``levels`` levels."""
+        """The state before the first token, with room for ``levels`` levels, q and v of ``width`` (E where None)."""
         batch_size, embedding, bank, expand, levels = (
             check_positive(name, size, 0)
             for name, size in (("batch_size", batch_size), ("embedding", embedding), ("bank", bank),
@@ -76,8 +78,9 @@ class MemoryState:
         )  # fmt: skip
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
-        shape = (batch_size, state_rows(levels, expand), bank, embedding)
-        nodes, q, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
+        widths = embedding, width or embedding, width or embedding
+        shape = batch_size, state_rows(levels, expand), bank
+        nodes, q, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in widths)
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         token = torch.zeros(batch_size, embedding, dtype=dtype, device=device)
         return cls(position, token, nodes, q, v, expand, levels, 0)
@@ -203,8 +206,10 @@ class MemoryState:
         object.__setattr__(self, "max_position", self._last(min(bound, self.capacity)))
         return self
 
-    def check_for(self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device) -> None:
-        """Whether a layer with these sizes can continue from this state.
+    def check_for(
+        self, batch_size: int, embedding: int, bank: int, expand: int, device: torch.device, width: int | None = None
+    ) -> None:
+        """Whether a layer with these sizes, q and v of ``width`` (E where None), can continue from this state.
 
         Raises:
             TypeError: a tensor of the state has another kind of dtype.
@@ -219,10 +224,20 @@ class MemoryState:
         rows = state_rows(self.levels, expand)
         check_shape("state.position", self.position, (batch_size,), "[batch]")
         check_shape("state.token", self.token, (batch_size, embedding), "[batch, embedding]")
-        shape = (batch_size, rows, bank, embedding)
-        for name in ("nodes", "q", "v"):
+        width = embedding if width is None else width
+        for name, size in (("nodes", embedding), ("q", width), ("v", width)):
+            shape = batch_size, rows, bank, size
             check_shape(f"state.{name}", getattr(self, name), shape, "[batch, rows, bank, embedding]")
         check_device("state", self.nodes, device)
+
+    def check_width(self, width: int) -> None:
+        """Whether q and v are as wide as a layer's projections are on this rank.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.q.shape[-1] != width:
+            raise ValueError(f"state.q: expected {width} features, as many as of sva.q, got {self.q.shape[-1]}")
 
     def slots(self) -> Slots:
         """The tensors, as the reference takes them."""
