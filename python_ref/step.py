@@ -231,21 +231,52 @@ def chain_of(position: Tensor, levels: int) -> int:
     return int((position & -position).max()).bit_length() - 1 if position.numel() else 0
 
 
+def check_room(position: Tensor, tokens: int, levels: int) -> None:
+    """Whether so many levels have room for ``tokens`` more behind ``position [N]``.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    last, capacity = (int(position.max()) + tokens if position.numel() else 0), (2 << levels) - 1
+    if last > capacity:
+        raise RuntimeError(
+            f"state: exhausted: expected positions of at most {capacity}, got {last}; state.with_room(n) makes more"
+        )
+
+
 def each_token_(
-    x: Tensor, slots: Tensor | None, state: Slots, take: Callable[[Tensor, Slots], tuple[Tensor | None, Slots]]
+    x: Tensor,
+    slots: Tensor | None,
+    state: Slots,
+    levels: int,
+    take: Callable[[Tensor, Slots], tuple[Tensor | None, Slots]],
 ) -> Tensor:
     """``take`` one token after the other of the rows that have a slot, and put what it returns in its place.
 
+    A row without room keeps its state, and its output is NaN, where positions cannot be read at no cost.
+
     Args:
         x, slots, state: those of `run_`.
+        levels: that the state has room for.
         take: tokens ``[N, E]`` and the state before them → outputs ``[N, E]``, or None for zeros, and the state after.
+
+    Raises:
+        RuntimeError: a row has no room for its tokens; nothing has changed.
     """
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
     slot = active if slots is None else slots.index_select(0, active).long()
+    known = concrete(state.position)
+    if known:
+        check_room(state.position.index_select(0, slot), x.shape[1], levels)
     for t in range(x.shape[1]):
         old = Slots(*(part.index_select(0, slot) for part in state))
         y_t, new = take(x[:, t].index_select(0, active), old)
+        if not known:
+            full = old.position >= (2 << levels) - 1
+            pairs = zip(old, new, strict=True)
+            new = Slots(*(torch.where(full.view(-1, *[1] * (a.dim() - 1)), a, b.to(a.dtype)) for a, b in pairs))
+            y_t = None if y_t is None else y_t.masked_fill(full[:, None], math.nan)
         for part, value in zip(state, new, strict=True):
             part.index_copy_(0, slot, value)
         if y_t is not None:
@@ -281,4 +312,4 @@ def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, at
         mixed = attend_state(qkv, new, weights.heads, levels, expand)
         return around.after(given, F.linear(mixed, *named.out)), new
 
-    return each_token_(x, slots, state, take)
+    return each_token_(x, slots, state, levels, take)

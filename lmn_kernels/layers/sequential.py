@@ -41,16 +41,22 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
     except (AttributeError, TypeError, ValueError):
         _check_step(layer, x_t, state, survey(layer))  # the same complaint in the layer's own words
         raise
+    except RuntimeError:
+        # There is no room where others have advanced the state's tensors: its bound was not of them.
+        roomy = _check_step(layer, x_t, state, survey(layer))
+        if roomy is state:
+            raise
+        return plan.step(x_t, roomy)
 
 
 def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
     """`LogarithmicMixing.step_`."""
     if slots is not None:
         check_tensor("slots", slots)
-    plan: StepPlan | None = layer.__dict__.get("_plan")
+    plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     with torch.no_grad():
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
-        if plan is not None and not debugged and not is_compiling() and plan.serves(layer, x, state):
+        if plan is not None and not debugged and plan.serves(layer, x, state):
             return plan.step_(x, state, slots)
         road = survey(layer)
         check_input(layer, x, road.weight)
@@ -104,8 +110,10 @@ def weights_of(layer: MixingParts, road: Road) -> tuple[StepWeights, bool]:
 
 def make_plan(layer: Any, weights: StepWeights) -> StepPlan | None:
     """What the next steps need not find out again; None where it might not hold for them."""
+    if is_compiling():
+        return None
     layer.__dict__.pop("_plan", None)
-    if is_compiling() or torch._C._len_torch_dispatch_stack() or not StepPlan.fits(layer, weights):
+    if torch._C._len_torch_dispatch_stack() or not StepPlan.fits(layer, weights):
         return None
     plan = layer.__dict__["_plan"] = StepPlan(layer, weights, layer.step_backend)
     return plan
@@ -169,12 +177,12 @@ def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Roa
     if road.attends:
         qkv = layer.sva.token_qkv(x, road.joins)
         mixed = reference.attend_state(qkv, state.slots(), layer.heads, state.levels, layer.expand)
-        return around.after(x_t, layer.sva.out_proj(mixed)[:, None]), state
+        return state.spoil(around.after(x_t, layer.sva.out_proj(mixed)[:, None]))
     valid = state.valid().repeat_interleave(layer.bank, 1)
     nodes = state.nodes.flatten(1, 2).masked_fill(~valid[..., None], 0).to(x.dtype)
     valid = torch.nn.functional.pad(valid, (1, 0), value=True)
     y = layer.sva(torch.cat([x[:, None], nodes], 1)[:, None], valid[:, None])
-    return around.after(x_t, y), state
+    return state.spoil(around.after(x_t, y))
 
 
 def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None, road: Road) -> Tensor:
@@ -188,7 +196,7 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
         y_t, new = _by_reference(layer, given[:, None], state.advanced(old, 0), road)
         return y_t[:, 0], new.slots()
 
-    y = reference.each_token_(x, slots, state.slots(), take)
+    y = reference.each_token_(x, slots, state.slots(), state.levels, take)
     state.note_tokens(x.shape[1])
     return y
 
