@@ -39,7 +39,7 @@ class State:
 
     def repeat_interleave(self: Kind, repeats: int) -> Kind:
         """Each row ``repeats`` ≥ 0 times, one behind the other: a prompt's beams."""
-        check_positive("repeats", repeats, 0)
+        repeats = check_positive("repeats", repeats, 0)
         return self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def clone(self: Kind) -> Kind:
