@@ -21,8 +21,9 @@ from .ops.attention import attend
 from .ops.look_ahead import look_ahead_attend
 from .ops.step import decode_, update_
 from .ops.tree import build_tree
+from .states.files import load_states, save_states
 from .states.look_ahead import LookAheadState
-from .states.memory import MemoryState, load_states, save_states
+from .states.memory import MemoryState
 
 __all__ = [
     "BackendError",

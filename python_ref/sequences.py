@@ -188,10 +188,17 @@ class Sequences:
         """``[M]`` bool, False on rows of padding; None where every row is a token."""
         if self.spans is None:
             return None
+        return self.rows_of(torch.ones_like(self.spans[:, 0], dtype=torch.bool))
+
+    def rows_of(self, chosen: Tensor) -> Tensor:
+        """``[M]`` bool: rows of x that are tokens of the sequences ``chosen [S]`` bool."""
+        if self.spans is None:
+            return chosen.repeat_interleave(self.tokens // self.count if self.count else 0)
         start, length, _ = self.spans.unbind(1)
-        # +1 where a span begins, -1 behind its end: a row inside exactly one span sums to 1.
+        # Up where a span begins, down behind its end: a row inside exactly one span sums to 1.
+        step = chosen.to(torch.int64)
         edge = torch.zeros(self.tokens + 1, dtype=torch.int64, device=start.device)
-        edge = edge.index_add(0, start, torch.ones_like(start)).index_add(0, start + length, -torch.ones_like(start))
+        edge = edge.index_add(0, start, step).index_add(0, start + length, -step)
         return edge.cumsum(0)[: self.tokens] > 0
 
 

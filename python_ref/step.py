@@ -40,6 +40,22 @@ def valid_rows(position: Tensor, levels: int, expand: int) -> Tensor:
     return (position[:, None] >> constant(tuple(level), position.device)) > 0
 
 
+def check_room(position: Tensor, tokens: int, levels: int) -> None:
+    """Whether so many levels have room for ``tokens`` more behind ``position [N]``.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    _check_last(int(position.max()) + tokens if position.numel() else 0, levels)
+
+
+def _check_last(last: int, levels: int) -> None:
+    if last > (capacity := (2 << levels) - 1):
+        raise RuntimeError(
+            f"state: exhausted: expected positions of at most {capacity}, got {last}; state.with_room(n) makes more"
+        )
+
+
 class Turn(NamedTuple):
     """Where the rows of a batch stand, a new token counted.
 
@@ -56,10 +72,15 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, levels: int) -> Turn:
-        """At ``position [B]``; without reading it, rows may complete any level that there is room for."""
+        """At ``position [B]``; without reading it, rows may complete any level that there is room for.
+
+        Raises:
+            RuntimeError: there is no room for them, where they can be read.
+        """
         if not concrete(position):
             return cls(position, levels, 0)
         rows = position.tolist()
+        _check_last(max(rows, default=0), levels)
         if rows and rows.count(rows[0]) == len(rows):
             return cls(position, (rows[0] & -rows[0]).bit_length() - 1, rows[0])
         return cls(position, int((position & -position).max()).bit_length() - 1 if rows else 0, 0)
@@ -297,20 +318,34 @@ class TokenStep:
 
 
 def each_token_(
-    x: Tensor, slots: Tensor | None, state: Slots, take: Callable[[Tensor, Slots], tuple[Tensor, Slots]]
+    x: Tensor, slots: Tensor | None, state: Slots, levels: int, take: Callable[[Tensor, Slots], tuple[Tensor, Slots]]
 ) -> Tensor:
     """``take`` one token after the other of the rows that have a slot, and put what it returns in its place.
 
+    A row without room keeps its state, and its output is NaN, where positions cannot be read at no cost.
+
     Args:
         x, slots, state: those of `run_`.
+        levels: that the state has room for.
         take: tokens ``[N, E]`` and the state before them → outputs ``[N, E]`` and the state after.
+
+    Raises:
+        RuntimeError: a row has no room for its tokens; nothing has changed.
     """
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     active = torch.arange(x.shape[0], device=x.device) if slots is None else (slots >= 0).nonzero().flatten()
     slot = active if slots is None else slots.index_select(0, active).long()
+    known = concrete(state.position)
+    if known:
+        check_room(state.position.index_select(0, slot), x.shape[1], levels)
     for t in range(x.shape[1]):
         old = Slots(*(part.index_select(0, slot) for part in state))
         y_t, new = take(x[:, t].index_select(0, active), old)
+        if not known:
+            full = old.position >= (2 << levels) - 1
+            pairs = zip(old, new, strict=True)
+            new = Slots(*(torch.where(full.view(-1, *[1] * (a.dim() - 1)), a, b.to(a.dtype)) for a, b in pairs))
+            y_t = y_t.masked_fill(full[:, None], math.nan)
         for part, value in zip(state, new, strict=True):
             part.index_copy_(0, slot, value)
         y[:, t].index_copy_(0, active, y_t.to(y.dtype))
@@ -329,4 +364,4 @@ def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, at
     while state_rows(levels, weights.expand) < state.nodes.shape[1]:
         levels += 1
     step = TokenStep(weights, state.nodes.shape[2])
-    return each_token_(x, slots, state, lambda given, old: step(given, old, levels, attends))
+    return each_token_(x, slots, state, levels, lambda given, old: step(given, old, levels, attends))

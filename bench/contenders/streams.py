@@ -7,7 +7,6 @@ made-up tokens without the work of reading them.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def made_up(layer: LogarithmicMixing, position: Tensor, last: int, dtype: torch.
     """A pool of random nodes that stands at ``position [P]`` and has room up to ``last``."""
     empty = layer.init_state(len(position), max_position=last, dtype=dtype)
     drawn: dict[str, Any] = {name: torch.randn_like(getattr(empty, name)) for name in ("token", "nodes", "q", "v")}
-    return replace(empty, position=position, max_position=last, **drawn)
+    return empty.replace(position=position, max_position=last, **drawn)
 
 
 class Projections:

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class Ours:
             AssertionError: it is wrong: nothing of it is timed.
         """
         exact = copy.deepcopy(self.layers[0]).float().step_weights()
-        start = replace(self.states[0], position=self.where(MIDDLE) - 1 - self.where(MIDDLE, True) % 8)
+        start = self.states[0].replace(position=self.where(MIDDLE) - 1 - self.where(MIDDLE, True) % 8)
         expected = decode_(self.x.float(), start.to(dtype=torch.float32).clone(), exact, backend="reference")
         found = error(decode_(self.x, start.clone(), self.weights[0], backend="cpp"), expected)
         assert found <= allowed(self.dtype), f"error {found:.3g} is over {allowed(self.dtype):.3g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,7 +213,7 @@ class LookAheadMemory(nn.Module):
         if state.is_even or kept.length > reach.tokens:
             return kept
         # Nothing that was there before the segment is left, so nothing is missing.
-        return replace(kept, is_even=True)
+        return kept.replace(is_even=True)
 
     def _fit(self, x: Tensor, state: LookAheadState | None) -> LookAheadState:
         check_local("x", x, "give the model x.to_local(), the same on every rank of a tensor-parallel group")

@@ -302,7 +302,7 @@ class LogarithmicMixing(nn.Module):
 
     @property
     def ptr(self) -> int:
-        """Tokens that the layer's own memory has seen; with ``lengths``, what a full row would have seen."""
+        """Tokens that the furthest row of the layer's own memory has seen (off a CPU: that it may have seen)."""
         return self._ahead + (0 if self._stream is None else self._stream.max_position)
 
     @ptr.setter

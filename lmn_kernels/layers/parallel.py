@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
+from python_ref.checks import concrete
 from python_ref.layout import Layout, level_count
 from python_ref.sequences import Sequences
+from python_ref.step import Slots
 from python_ref.tree import build_tree_with
 
 from ..backend.choice import BackendError, wanted
@@ -57,8 +59,9 @@ def run(
 def _mix(
     layer: MixingParts, x: Tensor, sequences: Sequences, road: Road, state: MemoryState | None, want_state: bool
 ) -> tuple[Tensor, MemoryState | None]:
+    longest = sequences.max_position
     if state is not None:
-        sequences = sequences.after(state.position, state.max_position, state.levels)
+        sequences = _behind(state, sequences)
     flat, nodes = tree_of(layer, x, sequences, road, state)
     if not road.attends:
         y = _by_called_attention(layer, flat, nodes, sequences).view(x.shape)
@@ -70,7 +73,25 @@ def _mix(
         else:
             out, node_qv = _read(*given)
         y = layer.sva.project_out(out).view(x.shape)
-    return y, _state_after(layer, flat, nodes, node_qv, sequences, road, state) if want_state else None
+    new_state = _state_after(layer, flat, nodes, node_qv, sequences, road, state, longest) if want_state else None
+    if state is None or concrete(state.position):
+        return y, new_state
+    # Where positions are not read, others may have advanced them beyond the room that there is.
+    _, length, offset, _, _ = Layout(sequences, layer.expand, flat.device).tables()
+    lost = offset + length > state.capacity
+    y = y.masked_fill(sequences.rows_of(lost).view(*x.shape[:2], 1), torch.nan)
+    return y, None if new_state is None else new_state.spoiled(lost)
+
+
+def _behind(state: MemoryState, sequences: Sequences) -> Sequences:
+    """The tokens behind a state.
+
+    Where positions cannot be read at no cost, there are all the levels that there is room for: those of a bound would
+    be others at each power of two, and too few where others have advanced the state's tensors.
+    """
+    known = concrete(state.position)
+    bound = state.max_position if known else state.capacity - sequences.max_position
+    return sequences.after(state.position, bound, state.levels)
 
 
 def _by_called_attention(layer: MixingParts, flat: Tensor, nodes: Tensor, sequences: Sequences) -> Tensor:
@@ -223,7 +244,9 @@ def _state_after(
     sequences: Sequences,
     road: Road,
     state: MemoryState | None,
+    longest: int,
 ) -> MemoryState:
+    """The state behind the tokens, of which a sequence has ``longest`` at the most."""
     if state is None:
         levels = level_count(sequences.max_position)
         dtype = torch.promote_types((flat if road.weight is None else road.weight).dtype, torch.float32)
@@ -241,18 +264,10 @@ def _state_after(
     none = flat.new_zeros(1, layer.embedding)
     tokens = torch.cat([flat, none] if state is None else [flat, state.token.to(flat.dtype), none])
     token = torch.where(token_exists[:, None], tokens.index_select(0, token_row).to(dtype), 0)
-    if state is not None:
-        # What no token changed stays as it was, to the bit.
-        kept = (exists & (row >= layout.carry_base))[..., None, None]
-        newest, q, v = (torch.where(kept, old, new) for old, new in ((state.nodes, newest), (state.q, q), (state.v, v)))
-        token = torch.where((length > 0)[:, None], token, state.token)
-    return MemoryState(
-        position=offset + length,
-        token=token,
-        nodes=newest,
-        q=q,
-        v=v,
-        expand=layer.expand,
-        levels=levels,
-        max_position=sequences.max_position,
-    )
+    if state is None:
+        return MemoryState(offset + length, token, newest, q, v, layer.expand, levels, longest)
+    # What no token changed stays as it was, to the bit.
+    kept = (exists & (row >= layout.carry_base))[..., None, None]
+    newest, q, v = (torch.where(kept, old, new) for old, new in ((state.nodes, newest), (state.q, q), (state.v, v)))
+    token = torch.where((length > 0)[:, None], token, state.token)
+    return state.advanced(Slots(offset + length, token, newest, q, v), longest)

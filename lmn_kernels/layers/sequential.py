@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from python_ref import step as reference
 from python_ref.around import Around
-from python_ref.checks import check_shape, check_tensor
+from python_ref.checks import check_shape, check_tensor, concrete
 from python_ref.step import Slots, StepWeights, Turn, Weights
 
 from ..backend import choice, env
@@ -41,7 +41,7 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
             y, slots = reference.TokenStep(plain, layer.bank)(x_t[:, 0], state.slots(), state.levels)
             after = state.advanced(slots)
             check_recomputation(state, after)
-            return y[:, None], after
+            return after.spoil(y[:, None])
         weights, whole = weights_of(layer, road)
         plan = make_plan(layer, weights, "cpp") if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
@@ -51,16 +51,22 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
     except (AttributeError, TypeError, ValueError):
         _check_step(layer, x_t, state, survey(layer))  # the same complaint in the layer's own words
         raise
+    except RuntimeError:
+        # There is no room where others have advanced the state's tensors: its bound was not of them.
+        roomy = _check_step(layer, x_t, state, survey(layer))
+        if roomy is state:
+            raise
+        return plan.step(x_t, roomy)
 
 
 def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None) -> Tensor:
     """`LogarithmicMixing.step_`."""
     if slots is not None:
         check_tensor("slots", slots)
-    plan: StepPlan | None = layer.__dict__.get("_plan")
+    plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     with torch.no_grad():
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
-        usable = plan is not None and plan.in_place and not debugged and not is_compiling()
+        usable = plan is not None and plan.in_place and not debugged
         if usable and plan is not None and plan.serves(layer, x, state):
             return plan.step_(x, state, slots)
         road = survey(layer)
@@ -117,8 +123,10 @@ def weights_of(layer: MixingParts, road: Road) -> tuple[StepWeights, bool]:
 
 def make_plan(layer: Any, weights: StepWeights, backend: str) -> StepPlan | None:
     """What the next steps need not find out again; None where it might not hold for them."""
+    if is_compiling():
+        return None
     layer.__dict__.pop("_plan", None)
-    if is_compiling() or torch._C._len_torch_dispatch_stack() or not StepPlan.fits(layer, weights):
+    if torch._C._len_torch_dispatch_stack() or not StepPlan.fits(layer, weights):
         return None
     plan = layer.__dict__["_plan"] = StepPlan(layer, weights, backend)
     return plan
@@ -189,9 +197,9 @@ def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road)
 
 
 def unserved(layer: MixingParts, x_t: Tensor) -> bool:
-    """Whether nothing but the reference would serve a step of such tokens, whatever surrounds it, now that no gradients
-    are recorded."""
-    if torch.is_grad_enabled() or transformed():
+    """Whether nothing but the reference would serve a step of such tokens on a CPU, whatever surrounds it, now that no
+    gradients are recorded."""
+    if torch.is_grad_enabled() or transformed() or not concrete(x_t):
         return False
     asked = choice.wanted(layer.step_backend, "step")
     chosen, reason = choice.choose(asked, "step", x_t.device, x_t.dtype)
@@ -231,13 +239,13 @@ def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Roa
         state, turn = advance(layer, x, state, road)
         heads = layer.sva.own_heads(layer.heads, width)
         mixed = reference.attend_state(own, state.slots(), heads, state.levels, layer.expand, turn)
-        return around.after(x_t, layer.sva.project_out(mixed)[:, None]), state
+        return state.spoil(around.after(x_t, layer.sva.project_out(mixed)[:, None]))
     state, _ = advance(layer, x, state, road)
     valid = state.valid().repeat_interleave(layer.bank, 1)
     nodes = state.nodes.flatten(1, 2).masked_fill(~valid[..., None], 0).to(x.dtype)
     valid = torch.nn.functional.pad(valid, (1, 0), value=True)
     y = layer.sva(torch.cat([x[:, None], nodes], 1)[:, None], valid[:, None])
-    return around.after(x_t, y), state
+    return state.spoil(around.after(x_t, y))
 
 
 def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | None, road: Road) -> Tensor:
@@ -251,7 +259,7 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
         y_t, new = _by_reference(layer, given[:, None], state.advanced(old, 0), road)
         return y_t[:, 0], new.slots()
 
-    y = reference.each_token_(x, slots, state.slots(), take)
+    y = reference.each_token_(x, slots, state.slots(), state.levels, take)
     state.note_tokens(x.shape[1])
     return y
 

@@ -21,7 +21,7 @@ from python_ref.layout import state_rows
 from python_ref.step import Slots, StepWeights, TokenStep
 
 from ..backend.transforms import autocasts, transformed
-from ..states.memory import MemoryState
+from ..states.memory import OFFSET, MemoryState
 from .parameters import is_zeros
 
 _new, _set = object.__new__, object.__setattr__
@@ -99,18 +99,19 @@ class StepPlan:
         )
 
     def step(self, x_t: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        levels, last = state.levels, state.max_position + 1
-        if last >> (levels + 1):
+        levels, bound = state.levels, state._bound + 1
+        if (bound - OFFSET) >> (levels + 1):
+            last = state.max_position + 1
             state = state.with_room(last)
-            levels = state.levels
+            levels, bound = state.levels, last + OFFSET
         y, position, token, nodes, q, v = self.native.step(
             x_t, state.position, state.token, state.nodes, state.q, state.v
         )
-        # Without the price of a frozen dataclass's constructor.
+        # Without the price of a constructor.
         new = _new(MemoryState)
         _set(new, "__dict__", {
             "position": position, "token": token, "nodes": nodes, "q": q, "v": v,
-            "expand": self.expand, "levels": levels, "max_position": last,
+            "expand": self.expand, "levels": levels, "_bound": bound,
         })  # fmt: skip
         return y, new
 

@@ -108,7 +108,7 @@ def _check(x: Tensor, state: MemoryState, weights: StepWeights, slots: Tensor | 
 
 
 def check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
-    """Distinct slots with room for their tokens; read off the device where that is a CPU, or for `env.debug`."""
+    """Distinct slots, read where they lie on a CPU; for `env.debug` off any device, and whether they have room."""
     rows, pool = x.shape[0], state.batch_size
     position = state.position
     if slots is None:
@@ -125,14 +125,8 @@ def check_rows(x: Tensor, state: MemoryState, slots: Tensor | None) -> None:
         if len(taken.unique()) != len(taken):
             raise ValueError(f"slots: expected each slot at most once, got {slots.tolist()}")
         position = position[taken.to(position.device).long()]
-    position = position.cpu() if env.debug() else position
-    if concrete(position) and position.numel():
-        last = int(position.max()) + x.shape[1]
-        if last > state.capacity:
-            raise RuntimeError(
-                f"state: exhausted: expected positions of at most {state.capacity}, got {last}; "
-                "state.with_room(n) makes more"
-            )
+    if env.debug():
+        reference.check_room(position.cpu(), x.shape[1], state.levels)
 
 
 def _mixing(named: Weights) -> Iterator[tuple[str, Tensor]]:

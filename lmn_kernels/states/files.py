@@ -6,15 +6,24 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from python_ref.step import Slots
+
+from .memory import MemoryState
+
 LAYOUT_VERSION = 1
 _VERSION_KEY = "lmn_kernels.layout"
+# What a file of each kind holds, and what reads it.
+_KINDS = {
+    "states": ("the states of a model's layers", "load_states"),
+    "look_ahead_state": ("a LookAheadState", "LookAheadState.load"),
+}
 
 State = TypeVar("State")
 
@@ -26,10 +35,9 @@ def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], si
         OSError: the file cannot be written; an older file of that name is left as it was.
         ImportError: safetensors is not installed.
     """
-    from safetensors.torch import save as to_bytes
-
+    safetensors = _safetensors(writes=True)
     copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    data = to_bytes(copies, {_VERSION_KEY: str(LAYOUT_VERSION), f"lmn_kernels.{kind}": json.dumps(sizes)})
+    data = safetensors.torch.save(copies, {_VERSION_KEY: str(LAYOUT_VERSION), f"lmn_kernels.{kind}": json.dumps(sizes)})
     write_whole(Path(path), data)
 
 
@@ -82,14 +90,70 @@ def load(
         ValueError: it is no state file of that kind, or one of a layout version that this package does not know.
         ImportError: safetensors is not installed.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors(writes=False)
+    expected = f"{path}: expected a file of {_KINDS[kind][0]}"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            version = metadata.get(_VERSION_KEY)
-            if version != str(LAYOUT_VERSION):
+            if _VERSION_KEY not in metadata:
+                raise ValueError(f"{expected}, got a safetensors file of something else")
+            if (version := metadata[_VERSION_KEY]) != str(LAYOUT_VERSION):
                 raise ValueError(f"{path}: expected state layout {LAYOUT_VERSION}, got {version}")
+            for other, (what, reader) in _KINDS.items():
+                if other != kind and f"lmn_kernels.{other}" in metadata:
+                    raise ValueError(f"{expected}, got one of {what}, which {reader} reads")
             return build(json.loads(metadata[f"lmn_kernels.{kind}"]), file.get_tensor)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a safetensors file of {kind}, got {error}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{expected}, got one that is damaged or of another kind: {error}") from error
+
+
+def _safetensors(writes: bool) -> Any:
+    """The package that reads and, by way of numpy, writes tensors.
+
+    Raises:
+        ImportError: it or numpy is not installed.
+    """
+    try:
+        import safetensors.torch
+
+        if writes:
+            import numpy  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"files of states need {error.name}, which is not installed: pip install lmn-kernels[state]"
+        ) from error
+    return safetensors
+
+
+def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
+    """Write the states of a model's layers to one safetensors file, whole or not at all.
+
+    Raises:
+        TypeError: an element is no state.
+        OSError: the file cannot be written; an older file of that name is left as it was.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+    for index, state in enumerate(states):
+        if not isinstance(state, MemoryState):
+            raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
+    sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
+    tensors = {f"{n}.{name}": part for n, state in enumerate(states) for name, part in state.slots()._asdict().items()}
+    save(path, "states", tensors, sizes)
+
+
+def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> list[MemoryState]:
+    """Read what `save_states` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no state file, or one of a layout version that this package does not know.
+        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
+    """
+
+    def build(sizes: list[dict[str, int]], tensor: Callable[[str], Tensor]) -> list[MemoryState]:
+        return [
+            MemoryState(**{name: tensor(f"{layer}.{name}") for name in Slots._fields}, **size)  # type: ignore[arg-type]
+            for layer, size in enumerate(sizes)
+        ]
+
+    return load(path, "states", device, build)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_exporting
 
 from python_ref.checks import (
     check_device,
@@ -22,19 +22,21 @@ from python_ref.checks import (
 from python_ref.layout import level_count, state_rows
 from python_ref.step import Slots, valid_rows
 
-from . import files
+from .base import Place, State, check_states, register
 
 MAX_POSITION = (1 << 62) - 1  # int64 leaves room for the sums of a chunk's arithmetic
+# A bound is kept as so much more: torch.compile takes 0 and 1 for constants, and would make a graph for each.
+OFFSET = 2
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class MemoryState:
+class MemoryState(State):
     """What a layer remembers of B sequences, each at its own position (docs/definition.md, section 3).
 
     Layers never change a state: they return a new one that shares no storage with it, and gradients flow
     through both. Only `restore` and what is named with an underscore behind it (``step_``, ``decode_``,
     ``update_``) write in place, and nothing else ever shares storage with what they write to.
     A state belongs to the parameters that made it: q and v are not projected again when those change.
+    It is a pytree, whose leaves are its tensors, and it can be pickled, copied and loaded with ``weights_only=True``.
 
     Attributes:
         position: ``[B]`` int64, tokens seen.
@@ -45,8 +47,10 @@ class MemoryState:
             them (docs/parallel.md).
         expand: k of the expander, 0 without one.
         levels: D, the levels that there is room for; layers make room as positions grow.
-        max_position: upper bound on every position, known without reading the device.
+        max_position: the furthest position on a CPU; elsewhere an upper bound on it, known without reading the device.
     """
+
+    FIELDS = ("position", "token", "nodes", "q", "v", "expand", "levels", "max_position")
 
     position: Tensor
     token: Tensor
@@ -55,7 +59,21 @@ class MemoryState:
     v: Tensor
     expand: int
     levels: int
-    max_position: int
+    _bound: int
+
+    def __init__(
+        self,
+        position: Tensor,
+        token: Tensor,
+        nodes: Tensor,
+        q: Tensor,
+        v: Tensor,
+        expand: int,
+        levels: int,
+        max_position: int,
+    ):
+        bound = max_position + OFFSET
+        self._set(position=position, token=token, nodes=nodes, q=q, v=v, expand=expand, levels=levels, _bound=bound)
 
     @classmethod
     def empty(
@@ -93,8 +111,17 @@ class MemoryState:
         )
 
     @property
+    def max_position(self) -> int:
+        # Others may write into the same tensors: a tree that was taken apart and put together, a graph, a replay.
+        return _greatest(self.position) if concrete(self.position) else self._bound - OFFSET
+
+    @property
     def batch_size(self) -> int:
         return self.position.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.nodes.device
 
     @property
     def nbytes(self) -> int:
@@ -123,35 +150,45 @@ class MemoryState:
         levels = level_count(max_position)
         missing = state_rows(levels, self.expand) - state_rows(self.levels, self.expand)
         grown = (torch.nn.functional.pad(part, (0, 0, 0, 0, 0, missing)) for part in (self.nodes, self.q, self.v))
-        nodes, q, v = grown
-        return replace(self, nodes=nodes, q=q, v=v, levels=levels)
+        known = self.max_position
+        own = self.position.clone(), self.token.clone()
+        return MemoryState(*Slots(*own, *grown), self.expand, levels, known)
 
-    def reorder(self, index: Tensor) -> MemoryState:
-        """Rows ``index [B']`` (int32 or int64, 0 … B-1) of this state, in that order; for beams and slots."""
-        check_tensor("index", index)
-        check_ids("index", index, tuple(index.shape[:1]), 0, self.batch_size - 1)
-        return self._map(lambda tensor: tensor.index_select(0, index))._bounded()
+    @staticmethod
+    def cat(states: Iterable[MemoryState]) -> MemoryState:
+        """The rows of several states of one layer behind each other, with the most room that one of them has.
+
+        Raises:
+            TypeError: an element is no MemoryState.
+            ValueError: there is none, or they differ in expand, bank, embedding, dtype or device.
+        """
+        found = check_states(states, MemoryState, _kind)
+        deep = max(state.levels for state in found)
+        last = max(state.max_position for state in found)
+        roomy = [state.with_room((1 << (deep + 1)) - 1).slots() for state in found]
+        return MemoryState(*Slots(*map(torch.cat, zip(*roomy, strict=True))), found[0].expand, deep, last)
 
     def reset(self, rows: Tensor | None = None) -> MemoryState:
         """The state with ``rows`` emptied: indices (int32 or int64) or a ``[B]`` bool mask; all where None."""
         if rows is None:
-            return replace(self._map(torch.zeros_like), max_position=0)
+            return self._map(torch.zeros_like).replace(max_position=0)
         gone = check_rows(rows, self.batch_size, self.position.device)
-        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))._bounded()
-
-    def clone(self) -> MemoryState:
-        """A copy that shares no storage; gradients flow through."""
-        return self._map(torch.clone)
+        return self._map(lambda t: t.masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0))
 
     def detach(self) -> MemoryState:
         """A copy cut off from the graph: truncated back-propagation through time."""
         return self._map(lambda tensor: tensor.detach().clone())
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """A copy on a device, its nodes, q and v in a floating dtype; positions stay int64."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
-        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None, copy=True))
+    def to(self, *place: Any, **options: Any) -> MemoryState:
+        """A copy elsewhere: the arguments of `torch.Tensor.to`, ``device``, ``dtype``, both or a tensor that has both.
+
+        Nodes, q, v and the token take the floating dtype; positions stay int64.
+
+        Raises:
+            TypeError: the arguments say no such place, or the dtype is not a floating one.
+        """
+        where = Place.of(place, **options)
+        return self._map(lambda tensor: where.take(tensor, copy=True))
 
     def snapshot(self) -> MemoryState:
         """A detached copy, to `restore` from."""
@@ -159,9 +196,11 @@ class MemoryState:
 
     def note_tokens(self, tokens: int) -> None:
         """Raise ``max_position`` after an operation that took tokens in place; `capacity` bounds it in any case."""
-        if self.position.is_cuda and torch.cuda.is_current_stream_capturing():
-            tokens = self.capacity  # nobody is asked how often a graph is replayed
-        object.__setattr__(self, "max_position", min(self.max_position + tokens, self.capacity))
+        if is_compiling() or (self.position.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # Nobody is asked how often a graph is replayed; and one that read the bound would be of that bound alone.
+            self._set(_bound=self.capacity + OFFSET)
+        else:
+            self._set(_bound=min(self._bound + tokens, self.capacity + OFFSET))
 
     def restore(self, snapshot: MemoryState, rows: Tensor | None = None) -> MemoryState:
         """Write a snapshot into this state's own tensors, whose addresses stay, and return the state.
@@ -203,7 +242,7 @@ class MemoryState:
                 else:
                     own.index_copy_(0, rows.long(), kept.to(own.dtype))
         bound = snapshot.max_position if rows is None else max(self.max_position, snapshot.max_position)
-        object.__setattr__(self, "max_position", self._last(min(bound, self.capacity)))
+        self._set(_bound=min(bound, self.capacity) + OFFSET)
         return self
 
     def check_for(
@@ -245,19 +284,25 @@ class MemoryState:
 
     def advanced(self, slots: Slots, tokens: int = 1) -> MemoryState:
         """These tensors in place of the state's, after ``tokens`` more tokens for which there is room."""
-        return MemoryState(*slots, self.expand, self.levels, self.max_position + tokens)
+        # A program that is exported with a state takes others, at any position.
+        last = self.capacity if is_exporting() else self._bound - OFFSET + tokens
+        return MemoryState(*slots, self.expand, self.levels, last)
 
-    def _bounded(self) -> MemoryState:
-        """The state with the lowest ``max_position`` that is to be had without reading a device."""
-        return replace(self, max_position=self._last(self.max_position))
+    def spoil(self, y: Tensor) -> tuple[Tensor, MemoryState]:
+        """``y [B, T, E]`` and this state behind it, NaN in rows beyond their room, where nobody reads positions."""
+        if concrete(self.position):
+            return y, self
+        lost = self.position > self.capacity
+        return y.masked_fill(lost[:, None, None], torch.nan), self.spoiled(lost)
 
-    def _last(self, bound: int) -> int:
-        """The last position there is; the bound where reading positions costs a synchronisation."""
-        return _greatest(self.position) if concrete(self.position) else bound
+    def spoiled(self, rows: Tensor) -> MemoryState:
+        """The state with NaN in the nodes of ``rows [B]`` bool, so that nothing sound is made of them."""
+        nodes, q, v = (part.masked_fill(rows[:, None, None, None], torch.nan) for part in self.slots()[2:])
+        return self.replace(nodes=nodes, q=q, v=v)
 
     def _narrowed(self, levels: int) -> MemoryState:
         """The same memory with room for ``levels`` levels alone, which must be all that it holds."""
-        last, capacity = self._last(self.max_position), (2 << levels) - 1
+        last, capacity = self.max_position, (2 << levels) - 1
         if last > capacity:
             # An upper bound only, where the positions lie on a device: they are read before anything is refused.
             last = _greatest(self.position)
@@ -267,7 +312,7 @@ class MemoryState:
             )
         rows = state_rows(levels, self.expand)
         nodes, q, v = (part[:, :rows] for part in (self.nodes, self.q, self.v))
-        return replace(self, nodes=nodes, q=q, v=v, levels=levels, max_position=last)
+        return self.replace(nodes=nodes, q=q, v=v, levels=levels, max_position=last)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         return self.advanced(Slots(*map(function, self.slots())), 0)
@@ -277,35 +322,34 @@ def _greatest(position: Tensor) -> int:
     return int(position.max()) if position.numel() else 0
 
 
-def save_states(path: str | os.PathLike[str], states: Sequence[MemoryState]) -> None:
-    """Write the states of a model's layers to one safetensors file, whole or not at all.
-
-    Raises:
-        TypeError: an element is no state.
-        OSError: the file cannot be written; an older file of that name is left as it was.
-        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
-    """
-    for index, state in enumerate(states):
-        if not isinstance(state, MemoryState):
-            raise TypeError(f"states[{index}]: expected a MemoryState, got {type(state).__name__}")
-    sizes = [{"expand": s.expand, "levels": s.levels, "max_position": s.max_position} for s in states]
-    tensors = {f"{n}.{name}": part for n, state in enumerate(states) for name, part in state.slots()._asdict().items()}
-    files.save(path, "states", tensors, sizes)
+def _kind(state: MemoryState) -> dict[str, Any]:
+    """What states have in common whose rows can stand in one."""
+    bank, embedding = state.nodes.shape[2:]
+    dtype, device = state.nodes.dtype, state.device
+    return {"expand": state.expand, "bank": bank, "embedding": embedding, "dtype": dtype, "device": device}
 
 
-def load_states(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> list[MemoryState]:
-    """Read what `save_states` wrote.
+class _Room(NamedTuple):
+    """What a state is beside its tensors. Trees of states at different positions are of one kind."""
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no state file, or one of a layout version that this package does not know.
-        ImportError: safetensors is not installed (``pip install lmn-kernels[state]``).
-    """
+    expand: int
+    levels: int
+    max_position: int
 
-    def build(sizes: list[dict[str, int]], tensor: Callable[[str], Tensor]) -> list[MemoryState]:
-        return [
-            MemoryState(**{name: tensor(f"{layer}.{name}") for name in Slots._fields}, **size)  # type: ignore[arg-type]
-            for layer, size in enumerate(sizes)
-        ]
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Room) and self[:2] == other[:2]
 
-    return files.load(path, "states", device, build)
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:2])
+
+
+register(
+    MemoryState,
+    Slots._fields,
+    lambda state: _Room(state.expand, state.levels, state._bound - OFFSET),
+    lambda tensors, room: MemoryState(*tensors, *room),
+    lambda room: _Room(*room),
+)

@@ -135,7 +135,7 @@ def test_every_run_of_tokens_equals_a_lone_one(variant, case):
         apart = apart + weighted(expected, alone, i)
         own = {name: getattr(state, name)[i : i + 1] for name in STATE}
         own.update({name: own[name][:, : alone.nodes.shape[1]] for name in STATE[2:]})
-        together = together + weighted(cut(case, y)[i], replace(state, **own), i)
+        together = together + weighted(cut(case, y)[i], state.replace(**own), i)
     assert_same_gradients(list(leaves), gradients(together, leaves), gradients(apart, leaves), GRADIENT)
     assert torch.equal(y, y.masked_fill(~case.is_token()[..., None], 0)), "padded outputs"
     assert not gradients(together, leaves)[0][~case.is_token()].any(), "padded gradients"
@@ -336,7 +336,7 @@ def test_a_wrong_argument_is_named(name):
     elif state == "expander":
         given["state"] = ExpanderSummarizerLogarithmicMemory(8, 2, 2, 1).init_state(2)
     elif isinstance(state, dict):
-        given["state"] = replace(layer.init_state(2), **state)
+        given["state"] = layer.init_state(2).replace(**state)
     with pytest.raises(error, match=said):
         layer(given.pop("x"), **given)
 
@@ -344,11 +344,11 @@ def test_a_wrong_argument_is_named(name):
 def test_wrong_arguments_of_step_and_of_states_are_named():
     layer, x = LogarithmicMixing(8, 2, 2), torch.zeros(2, 1, 8)
     own, grown = layer.init_state(2), layer.prefill(torch.randn(2, 9, 8))[1]
-    far = replace(layer.init_state(2, max_position=2**62 - 1), max_position=2**62 - 1)
+    far = layer.init_state(2, max_position=2**62 - 1).replace(position=ints(0, 2**62 - 1))
     other = ExpanderSummarizerLogarithmicMemory(8, 2, 2, 1).init_state(2)
 
     def roomy() -> MemoryState:
-        return replace(layer.init_state(2, max_position=2**62), position=ints(0, 2**62 - 1), max_position=2**62 - 1)
+        return layer.init_state(2, max_position=2**62).replace(position=ints(0, 2**62 - 1), max_position=2**62 - 1)
 
     for call, error, said in (
         (lambda: layer.step(x.repeat(1, 2, 1), own), ValueError, r"x_t.*1, 8\].*\[2, 2, 8\]"),

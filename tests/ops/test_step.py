@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -213,7 +212,7 @@ def test_any_layout_in_memory_gives_the_contiguous_result(variant, lay, dtype, b
     x, slots, expected = torch.randn(3, 9, variant.embedding).to(dtype), torch.tensor([2, 0, 1]), start.clone()
     y = decode_(x, expected, weights, slots=slots, backend=backend)
     laid = weights._replace(tensors=tuple(map(lay, weights.tensors)), block=tuple(map(lay, weights.block)))
-    state = replace(start, **{name: between_nan(tensor) for name, tensor in parts(start)})
+    state = start.replace(**{name: between_nan(tensor) for name, tensor in parts(start)})
     got = decode_(lay(x), state, laid, slots=torch.stack([slots, slots + 9], 1)[:, 0], backend=backend)
     if backend == "cpp":
         assert_same("y", got, y)
@@ -237,7 +236,7 @@ def test_expanded_tokens_and_states(axis, backend):
     agree(backend, "y", layer.step_(x, states[0]), layer.step_(x.contiguous(), states[1]))
     agree_on_state(backend, *states)
     prompt = rows_of(states[0], 0)
-    shared = replace(prompt, **{name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in parts(prompt)})
+    shared = prompt.replace(**{name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in parts(prompt)})
     (got, end), (y, expected) = layer.step(x[:, :1], shared), layer.step(x[:, :1], rows_of(prompt, 0, 0, 0))
     agree(backend, "y", got, y)
     agree_on_state(backend, end, expected)
@@ -338,7 +337,7 @@ def test_a_frozen_layer_passes_gradients_on_to_its_state(variant):
     x, start, found = torch.randn(2, 3, variant.embedding), started(layer, [6, 3], 3), []
     for one, tokens, state in ((layer, x, start), (twin, x.double(), start.to(dtype=torch.float64))):
         leaves = [getattr(state, name).clone().requires_grad_() for name in PARTS[1:]]
-        y, end = one_by_one(one, tokens, replace(state, **dict(zip(PARTS[1:], leaves, strict=True))))
+        y, end = one_by_one(one, tokens, state.replace(**dict(zip(PARTS[1:], leaves, strict=True))))
         loss = y.square().sum() + sum(getattr(end, name).square().sum() for name in PARTS[1:])
         found.append(list(torch.autograd.grad(loss, leaves)))
     assert_same_gradients(list(PARTS[1:]), *found, GRADIENT)

@@ -65,7 +65,7 @@ def states_by_definition(layer: LogarithmicMixing, x: Tensor) -> list[MemoryStat
 def each(state: MemoryState) -> list[MemoryState]:
     """The rows, each as a state of its own."""
     parts = [getattr(state, name).split(1) for name in TENSORS]
-    return [replace(state, **dict(zip(TENSORS, row, strict=True))) for row in zip(*parts, strict=True)]
+    return [state.replace(**dict(zip(TENSORS, row, strict=True))) for row in zip(*parts, strict=True)]
 
 
 def assert_state(got: MemoryState, expected: MemoryState, exactly: bool = False) -> None:
@@ -161,7 +161,7 @@ def test_positions_beyond_32_bits_carry(variant, how):
         memories.append(memory)
         starts.append(as_state(layer, memory, token).with_room(2**62 - 1))
     together = {name: torch.cat([getattr(start, name) for start in starts]) for name in TENSORS}
-    y, end = proceed(layer, x, replace(starts[0], **together, max_position=max(positions)), how)
+    y, end = proceed(layer, x, starts[0].replace(**together, max_position=max(positions)), how)
     for row, (memory, state) in enumerate(zip(memories, each(end), strict=True)):
         slots = [memory.update(token[None]) for token in x[row]]
         expected = torch.cat([attention(part, definition_of(layer)[1], layer.heads) for part in slots])
@@ -216,7 +216,7 @@ def test_gradcheck_from_an_initial_state(variant, how):
     given = [getattr(start, name).requires_grad_() for name in FLOATS]
 
     def run(x, token, nodes, q, v, *parameters):
-        y, end = proceed(layer, x, replace(start, token=token, nodes=nodes, q=q, v=v), how)
+        y, end = proceed(layer, x, start.replace(token=token, nodes=nodes, q=q, v=v), how)
         return y, end.token, end.nodes, end.q, end.v
 
     inputs = (random(2, 2, 2, requires_grad=True), *given, *layer.parameters())
@@ -234,7 +234,7 @@ def test_a_state_shares_nothing_with_its_input_and_is_never_changed(variant, how
     wide = {name: torch.stack([getattr(plain, name), torch.full_like(getattr(plain, name), 7)], -1) for name in TENSORS}
     copies = {name: tensor.clone() for name, tensor in wide.items()}
     buffer = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    y, end = proceed(layer, buffer, replace(plain, **{name: tensor[..., 0] for name, tensor in wide.items()}), how)
+    y, end = proceed(layer, buffer, plain.replace(**{name: tensor[..., 0] for name, tensor in wide.items()}), how)
     buffer.fill_(7)
     assert_close("y", y, expected, VALUE)
     assert_state(end, expected_end)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -82,12 +81,12 @@ def started(
     """Random memories at these positions, with room for so many tokens more; zero where there is no node."""
     last = max(positions, default=0)
     state = layer.init_state(len(positions), max_position=last + tokens, dtype=dtype)
-    state = replace(state, position=torch.tensor(positions, dtype=torch.int64), max_position=last)
+    state = state.replace(position=torch.tensor(positions, dtype=torch.int64), max_position=last)
     empty, no_node = (state.position == 0)[:, None], ~state.valid()[..., None, None]
     filled = {"token": torch.randn(state.token.shape).masked_fill(empty, 0).to(dtype)}
     for name in ("nodes", "q", "v"):
         filled[name] = torch.randn(state.nodes.shape).masked_fill(no_node, 0).to(dtype)
-    return replace(state, **filled)
+    return state.replace(**filled)
 
 
 def one_by_one(layer: LogarithmicMixing, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
