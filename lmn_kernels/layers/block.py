@@ -39,7 +39,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
-        check_local("feedforward.fc2", y)
+        if type(y) is not Tensor:
+            check_local("feedforward.fc2", y)
         drop = self._modules.get("drop")
         return y if drop is None else drop(y)
 

@@ -47,7 +47,8 @@ def run(
         x = x.masked_fill(padding, 0)
     around = layer.around()
     before = around.before(x)
-    check_local("norm1", before, "its output must be whole on every rank, as without SequenceParallel")
+    if type(before) is not Tensor:
+        check_local("norm1", before, "its output must be whole on every rank, as without SequenceParallel")
     mixed, new_state = _mix(layer, before, sequences, road, state, want_state)
     if state is not None or new_state is not None:
         check_recomputation(state, new_state)
@@ -226,7 +227,8 @@ def tree_of(
         folds = True  # kernels take no other form
     if isinstance(linear, LinearMapSummarizer) and folds:
         merge = linear.merge() if expander is None else expander.fold(linear.merge())
-    flat, merge = tree_under_autocast(flat, merge)
+    if torch._C._is_any_autocast_enabled():
+        flat, merge = tree_under_autocast(flat, merge)
     token = carried = None
     if state is not None:
         token, carried = state.token.to(flat.dtype), state.nodes.to(flat.dtype)

@@ -64,7 +64,8 @@ def make_dropout(rate: float) -> nn.Module | None:
 
 def check_input(layer: MixingParts, x: Tensor, weight: Tensor | None) -> None:
     """Whether x is ``[B, L, E]`` on the device of a weight and in its dtype (or a region of autocast casts it)."""
-    check_local("x", x, "give the layer x.to_local(), the same on every rank of a tensor-parallel group")
+    if type(x) is not Tensor:
+        check_local("x", x, "give the layer x.to_local(), the same on every rank of a tensor-parallel group")
     check_float("x", x)
     check_shape("x", x, (None, None, layer.embedding), "[batch, length, embedding]")
     if weight is None:

@@ -80,6 +80,8 @@ class SingleVectorAttention(nn.Module):
         Raises:
             ValueError: no whole number.
         """
+        if width == self.embedding:
+            return heads
         return own_heads("sva.q", self.q, width, heads, self.embedding // heads)
 
     def own_width(self) -> int:
@@ -91,8 +93,9 @@ class SingleVectorAttention(nn.Module):
         """``out_proj`` of what attention gave this rank's heads: ``[..., E]``."""
         if mixed.shape[-1] != self.embedding:
             check_takes("sva.out_proj", self.out_proj, mixed.shape[-1])
-        y = _through(self._modules["out_proj"], mixed)
-        check_local("sva.out_proj", y)
+        y: Tensor = self.out_proj(mixed)
+        if type(y) is not Tensor:
+            check_local("sva.out_proj", y)
         return y
 
     def _project(self, x: Tensor, joins: bool | None, *names: str) -> Tensor:
@@ -102,10 +105,11 @@ class SingleVectorAttention(nn.Module):
             parts = [layer(flat) for layer in layers]
             _check_parts(parts, names)
             return torch.cat(parts, -1).unflatten(0, x.shape[:-2]) if x.dim() > 3 else torch.cat(parts, -1)
-        weight, bias = torch.cat([layer.weight for layer in layers]), None
-        if any(layer.bias is not None for layer in layers):
-            bias = torch.cat([weight_and_bias(layer).bias for layer in layers])
-        return F.linear(x, weight, bias)
+        weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]
+        if all(bias is None for bias in biases):
+            return F.linear(x, weight)
+        pairs = zip(layers, biases, strict=True)
+        return F.linear(x, weight, torch.cat([weight_and_bias(part).bias if b is None else b for part, b in pairs]))
 
     def forward(self, memory: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention over a materialised memory tensor, for inspection and for code written for the original.

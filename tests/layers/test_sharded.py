@@ -103,7 +103,7 @@ def test_a_method_that_a_sharded_block_does_not_know_is_named_and_forward_serves
     layer, x = LogarithmicMemory(16, 4, 2, dtype=F64), torch.randn(2, 11, 16, dtype=F64)
     expected = layer(x)
     fully_shard(layer)
-    message = r"^summarizer.weight: expected a weight at hand, got a sharded one.*register_fsdp_forward_method"
+    message = r"^norm1.weight: expected a weight at hand, got a sharded one.*register_fsdp_forward_method"
     for call in (
         lambda: layer.prefill(x),
         lambda: layer.step(x[:, :1], layer.init_state(2)),
