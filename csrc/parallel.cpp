@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -106,6 +108,27 @@ Attention describe(const Rows& rows, const Tensor& token_qkv, const Tensor& node
   return call;
 }
 
+const AttentionKernels*& chosen() {
+  static const AttentionKernels* kernels = attention_kernels().back();
+  return kernels;
+}
+
+// For tests, which so run what other processors would.
+std::string use_instruction_set(const std::string& set) {
+  std::string known;
+  for (const AttentionKernels* kernels : attention_kernels()) {
+    if (kernels->set == set) return std::exchange(chosen(), kernels)->set;
+    known += (known.empty() ? "" : ", ") + std::string(kernels->set);
+  }
+  TORCH_CHECK_VALUE(false, "set: expected one of ", known, ", got ", set);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+  for (const AttentionKernels* kernels : attention_kernels()) found.emplace_back(kernels->set);
+  return found;
+}
+
 // A thread's own space, kept from call to call.
 void* scratch_of(int64_t bytes) {
   thread_local std::vector<double> space;
@@ -133,7 +156,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& token_qkv, const Tensor& node_qv
     for (int64_t c = (span.offset + 1) / kChunk; c <= (span.offset + span.length) / kChunk; ++c)
       chunks.push_back({s, c});
   }
-  const AttentionKernels& kernels = attention_kernels();
+  const AttentionKernels& kernels = *chosen();
   const int64_t bytes = kernels.bytes(call);
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 4, [&](int64_t begin, int64_t end) {
     void* scratch = scratch_of(bytes);
@@ -170,7 +193,7 @@ std::tuple<Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& tok
   // Heads are split where there are too few sequences for all threads.
   const int64_t threads = at::get_num_threads();
   const int64_t parts = std::min(heads, rows.sequences >= threads ? 1 : (threads + 1) / std::max<int64_t>(rows.sequences, 1));
-  const AttentionKernels& kernels = attention_kernels();
+  const AttentionKernels& kernels = *chosen();
   const int64_t bytes = kernels.bytes(call);
   at::parallel_for(0, rows.sequences * parts, 1, [&](int64_t begin, int64_t end) {
     void* scratch = scratch_of(bytes);
@@ -237,6 +260,8 @@ void define_parallel(py::module_& m) {
   py::class_<Layout>(m, "Layout").def(py::init(&make_layout));
   m.def("build_tree", tree, gil());
   m.def("build_tree_backward", tree_backward, gil());
+  m.def("instruction_sets", instruction_sets, "Those that attention can use here, the one that it uses by itself last.");
+  m.def("use_instruction_set", use_instruction_set, "Use another one from here on; returns the one before.");
   m.def("attend", attend, gil());
   m.def("attend_backward", attend_backward, gil());
 }

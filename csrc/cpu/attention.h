@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../rows.h"
 
@@ -36,13 +37,14 @@ struct Chunk {
 
 // What each instruction set has of its own; `scratch` is `bytes` of a thread's.
 struct AttentionKernels {
+  const char* set;
   int64_t (*bytes)(const Attention& call);
   void (*forward)(const Attention& call, const Chunk& chunk, void* scratch);
   // Gradients of the heads begin ... end-1 of a whole sequence: sums over positions are in the order of these.
   void (*backward)(const Attention& call, int64_t sequence, int64_t begin, int64_t end, void* scratch);
 };
 
-// Of the best instruction set that the processor has.
-const AttentionKernels& attention_kernels();
+// Of the instruction sets that the processor has, the best one last. All give what is asked for, and not the same bits.
+std::vector<const AttentionKernels*> attention_kernels();
 
 }  // namespace lmn

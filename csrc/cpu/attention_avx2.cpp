@@ -7,5 +7,6 @@
 #ifdef LMN_SETS
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #define LMN_SET avx2
+#define LMN_SET_NAME "avx2"
 #include "attention_kernels.h"
 #endif

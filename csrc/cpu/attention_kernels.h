@@ -655,6 +655,6 @@ void backward(const Attention& call, int64_t sequence, int64_t begin, int64_t en
 }  // namespace
 
 extern const AttentionKernels kernels;
-const AttentionKernels kernels{bytes, forward, backward};
+const AttentionKernels kernels{LMN_SET_NAME, bytes, forward, backward};
 
 }  // namespace lmn::LMN_SET

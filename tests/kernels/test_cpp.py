@@ -22,6 +22,7 @@ from tests.support.served import Served
 if (REASON := extension.load()[1]) is not None:
     pytest.skip(REASON, allow_module_level=True)
 from lmn_kernels._cpp import attention, tree  # noqa: E402
+from lmn_kernels._cpp.rows import EXTENSION  # noqa: E402
 
 pytestmark = pytest.mark.ext
 
@@ -130,6 +131,22 @@ ATTENTIONS = ((8, 2, 1, 0), (12, 3, 2, 0), (32, 2, 2, 0), (5, 5, 1, 0), (80, 1, 
 def test_attention(sizes, dtype):
     for _, sequences in batches(65 if sizes[3] else 300):
         check_attention(Attention(sequences, *sizes, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", EXTENSION.instruction_sets())
+def test_attention_of_every_instruction_set(name):
+    """Of this processor, and of those that have less."""
+    before = EXTENSION.use_instruction_set(name)
+    try:
+        for sizes in ((32, 2, 2, 0), (80, 1, 1, 0), (12, 3, 1, 0), (16, 1, 1, 1)):
+            for form in FORMS:
+                sequences = sequences_of(form, 150, CPU)
+                check_attention(Attention(sequences, *sizes), F32)
+                check_attention(Attention(sequences, *sizes, BF16), BF16)
+    finally:
+        assert EXTENSION.use_instruction_set(before) == name
+    with pytest.raises(ValueError, match="set: expected one of base.*got mmx"):
+        EXTENSION.use_instruction_set("mmx")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
