@@ -7,6 +7,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -103,6 +104,7 @@ Attention describe(const Rows& rows, const Tensor& token_qkv, const Tensor& node
   check_dtype("node_qv", node_qv, token_qkv.scalar_type());
   check_shape("node_qv", node_qv, {-1, rows.rows, 2 * call.size});
   TORCH_CHECK_VALUE(heads > 0 && call.size % heads == 0, "heads: expected a divisor of ", call.size, ", got ", heads);
+  call.scale = 1.0f / std::sqrt(static_cast<float>(call.size / heads));
   call.token_qkv = token_qkv.const_data_ptr();
   call.node_qv = node_qv.const_data_ptr();
   return call;

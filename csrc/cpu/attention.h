@@ -20,6 +20,7 @@ constexpr int64_t kChunk = 64;
 struct Attention {
   const Rows* rows;
   int64_t size, heads, bank;  // E, H, m
+  float scale;                // of scores, one over the root of a head's size
   Type type;                  // of all but lse
   const void* token_qkv;      // [M, 3E]
   const void* node_qv;        // [m, rows, 2E]

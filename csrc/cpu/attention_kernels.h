@@ -305,7 +305,7 @@ class Tile {
     size_ = sizes_.size;
     padded_ = sizes_.padded;
     direct_ = sizes_.direct;
-    scale_ = 1.0f / __builtin_sqrtf(static_cast<float>(size_));
+    scale_ = call.scale;
     slot_ = static_cast<Slot*>(scratch);
     row_of_ = reinterpret_cast<int64_t*>(slot_ + sizes_.slots);
     queries_of_ = reinterpret_cast<const float**>(row_of_ + sizes_.rows);
@@ -466,7 +466,7 @@ class Tile {
     if (base_ != 0) return;
     for (int64_t s = 0; s < count_; ++s)
       for (int64_t p = 0; p < int64_t{1} << slot_[s].level; ++p)
-        if (p % kVectors / 2 == half) score_[(s + 1) * kChunk + lane(p)] = -__builtin_inff();
+        if (p % kVectors / 2 == half) score_[(s + 1) * kChunk + lane(p)] = as_float(0xff800000u);
   }
 
   // `size_` numbers of the call's type at an element, where they are or as float32.
