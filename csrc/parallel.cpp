@@ -1,5 +1,5 @@
-// `build_tree` and `attend` on a CPU, forward and backward: what lmn_kernels/_cpp calls. Shapes, dtypes and devices were
-// checked by lmn_kernels/ops; what would be read or written beyond a tensor is checked here.
+// `build_tree` and `attend` on a CPU, forward and backward: what lmn_kernels/_cpp calls. Whoever calls an operation
+// without its public function has checked nothing: what would be read or written beyond a tensor is checked here.
 #include "parallel.h"
 
 #include <ATen/ATen.h>
@@ -41,8 +41,9 @@ struct Layout {
   bool covers = true;  // whether every row of x is one of a sequence
 };
 
-std::unique_ptr<Layout> make_layout(const OptionalTensor& spans, int64_t tokens, int64_t sequences, int64_t expand, int64_t levels,
-               std::optional<int64_t> carried, int64_t rows, std::vector<int64_t> base) {
+std::unique_ptr<Layout> make_layout(const OptionalTensor& spans, int64_t tokens, int64_t sequences, int64_t expand,
+                                    int64_t levels, std::optional<int64_t> carried, int64_t rows,
+                                    std::vector<int64_t> base) {
   auto layout = std::make_unique<Layout>();
   Layout& found = *layout;
   found.base = std::move(base);
@@ -61,9 +62,10 @@ std::unique_ptr<Layout> make_layout(const OptionalTensor& spans, int64_t tokens,
       const auto [start, length, offset] = std::tie(span[0], span[1], span[2]);
       TORCH_CHECK_VALUE(start >= 0 && length >= 0 && start <= tokens - length, "spans: expected rows of 0 ... ",
                         tokens - 1, ", got ", length, " from ", start, " on");
-      TORCH_CHECK_VALUE(offset >= 0 && (offset >> (found.rows.carried + 1)) == 0 && (offset + length) >> (levels + 1) == 0,
-                        "spans: expected an offset with ", found.rows.carried + 1, " bits and positions with ", levels + 1,
-                        ", got ", length, " tokens behind ", offset);
+      const int64_t bits = found.rows.carried + 1;  // of an offset
+      TORCH_CHECK_VALUE(offset >= 0 && (offset >> bits) == 0 && (offset + length) >> (levels + 1) == 0,
+                        "spans: expected an offset with ", bits, " bits and positions with ", levels + 1, ", got ",
+                        length, " tokens behind ", offset);
       found.spans.push_back({start, length, offset});
       found.covers = found.covers && start >= end;
       covered += length;
@@ -193,8 +195,8 @@ std::tuple<Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& tok
   call.grad_nodes = grad_nodes.mutable_data_ptr();
   if (call.size == 0) return {grad_tokens, grad_nodes};
   // Heads are split where there are too few sequences for all threads.
-  const int64_t threads = at::get_num_threads();
-  const int64_t parts = std::min(heads, rows.sequences >= threads ? 1 : (threads + 1) / std::max<int64_t>(rows.sequences, 1));
+  const int64_t threads = at::get_num_threads(), each = std::max<int64_t>(rows.sequences, 1);
+  const int64_t parts = std::min(heads, (threads + each - 1) / each);
   const AttentionKernels& kernels = *chosen();
   const int64_t bytes = kernels.bytes(call);
   at::parallel_for(0, rows.sequences * parts, 1, [&](int64_t begin, int64_t end) {
@@ -262,7 +264,7 @@ void define_parallel(py::module_& m) {
   py::class_<Layout>(m, "Layout").def(py::init(&make_layout));
   m.def("build_tree", tree, gil());
   m.def("build_tree_backward", tree_backward, gil());
-  m.def("instruction_sets", instruction_sets, "Those that attention can use here, the one that it uses by itself last.");
+  m.def("instruction_sets", instruction_sets, "Those that attention can use here; by itself it uses the last.");
   m.def("use_instruction_set", use_instruction_set, "Use another one from here on; returns the one before.");
   m.def("attend", attend, gil());
   m.def("attend_backward", attend_backward, gil());

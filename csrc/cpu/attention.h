@@ -6,8 +6,8 @@
 
 #include "../rows.h"
 
-// Whether the kernels are compiled once for each instruction set, behind a pragma. Clones of a function will not do: gcc
-// takes apart a vector that is wider than those of the base set before it makes them.
+// Whether the kernels are compiled once for each instruction set, behind a pragma. Clones of a function will not do:
+// gcc takes apart a vector that is wider than those of the base set before it makes them (1.5 times slower).
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define LMN_SETS
 #endif

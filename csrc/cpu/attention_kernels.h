@@ -1,6 +1,6 @@
-// Attention for one instruction set, in the namespace that LMN_SET names; attention_*.cpp include it. Only what is inline
-// at any level of optimization may be used of a library: a weak function of it that the linker keeps would be one of
-// this instruction set for all.
+// Attention for one instruction set, in the namespace that LMN_SET names; attention*.cpp include it. Of a library only
+// what is inline at any level of optimization may be used: a weak function that the linker keeps would be one of this
+// instruction set for all.
 //
 // Positions are lanes where what is summed are features (scores, and the gradients of weights), and features are lanes
 // where what is summed are slots or positions (outputs, and the gradients of nodes). Position p of a chunk stands in

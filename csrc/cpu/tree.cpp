@@ -121,7 +121,8 @@ class Tree {
               continue;
             }
             const T *l = scale_.template const_data_ptr<T>() + b * size_, *r = l + groups_ * features_;
-            for (int64_t i = 0; i < size_; ++i) assign(row + i, wide(l[i]) * wide(left[i]) + wide(r[i]) * wide(right[i]));
+            for (int64_t i = 0; i < size_; ++i)
+              assign(row + i, wide(l[i]) * wide(left[i]) + wide(r[i]) * wide(right[i]));
           }
     });
   }
@@ -354,8 +355,10 @@ TreeGradients differentiate(const Tensor& grad, const Tensor& x, const Tensor& n
           }
         }
       });
-      for (int64_t task = 0; task < taken; ++task)
-        grad_weight.add_(at::from_blob(part + task * tree.groups_ * tree.inputs_ * n, grad_weight.sizes(), x.options()));
+      for (int64_t task = 0; task < taken; ++task) {
+        T* product = part + task * tree.groups_ * tree.inputs_ * n;
+        grad_weight.add_(at::from_blob(product, grad_weight.sizes(), x.options()));
+      }
     }
     if (!slope) continue;
     tree.scatter(level, slope, to_x, to_token, sums);
