@@ -66,13 +66,18 @@ def probe(package: Path) -> tuple[bool, bool, list[str], str | None, str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def said_of(reason: str) -> list[str]:
+    """The warnings of a process in which the extension cannot be used."""
+    operations = "build_tree", "attend", "step"
+    return [f"lmn_kernels: {name} on cpu runs on the PyTorch reference: {reason}" for name in operations]
+
+
 def falls_back(package: Path, *parts: str) -> None:
     early, loaded, warned, refusal, line, step = probe(package)
     assert not early and not loaded
     reason = line.removeprefix("C++/CUDA extension: ")
     assert all(part in reason for part in (*parts, "pip install --no-build-isolation .")), reason
-    operations = "build_tree", "attend", "step"
-    assert warned == [f"lmn_kernels: {name} on cpu runs on the PyTorch reference: {reason}" for name in operations]
+    assert warned == said_of(reason)
     assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
     assert step.strip() == f"step: reference ({reason})"
 
@@ -83,7 +88,7 @@ def test_the_reason_that_the_build_recorded(package):
     reason = f"the extension is not built: {said}"
     _, loaded, warned, refusal, line, step = probe(package)
     assert not loaded and line == f"C++/CUDA extension: {reason}"
-    assert warned == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {reason}"]
+    assert warned == said_of(reason)
     assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
     assert step.strip() == f"step: reference ({reason})"
 
