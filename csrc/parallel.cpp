@@ -62,10 +62,10 @@ std::unique_ptr<Layout> make_layout(const OptionalTensor& spans, int64_t tokens,
       const auto [start, length, offset] = std::tie(span[0], span[1], span[2]);
       TORCH_CHECK_VALUE(start >= 0 && length >= 0 && start <= tokens - length, "spans: expected rows of 0 ... ",
                         tokens - 1, ", got ", length, " from ", start, " on");
-      const int64_t bits = found.rows.carried + 1;  // of an offset
-      TORCH_CHECK_VALUE(offset >= 0 && (offset >> bits) == 0 && (offset + length) >> (levels + 1) == 0,
-                        "spans: expected an offset with ", bits, " bits and positions with ", levels + 1, ", got ",
-                        length, " tokens behind ", offset);
+      // A compiled stream may run beyond the room of its state: what is absent then counts as zero, and the layer says
+      // that the result is no number.
+      TORCH_CHECK_VALUE(offset >= 0 && (offset == 0 || carried), "spans: expected an offset of 0 where nothing is ",
+                        "carried, else of at least 0, got ", offset);
       found.spans.push_back({start, length, offset});
       found.covers = found.covers && start >= end;
       covered += length;

@@ -83,18 +83,16 @@ class Tree {
         if (count == 0) continue;
         const int64_t row = rows_.row(number - 1, s, 2 * first);
         if (next < 0) level.source = next = row;
-        level.ordered = row == next && rows_.row(number - 1, s, 2 * first + 1) == row + 1;
+        level.ordered = row >= 0 && row == next && rows_.row(number - 1, s, 2 * first + 1) == row + 1;
         next = row + 2 * count;
       }
-      // A token that was carried in lies in another tensor.
-      level.ordered = level.ordered && (number > 1 || next <= rows_.tokens);
       if (level.ordered) return level;
     }
     level.children.reserve(static_cast<size_t>(2 * level.places));
     for (int64_t s = 0; s < rows_.sequences; ++s)
-      for (int64_t i = rows_.first(number, s); i < rows_.last(number, s); ++i) {
-        level.children.push_back(rows_.row(number - 1, s, 2 * i));
-        level.children.push_back(rows_.row(number - 1, s, 2 * i + 1));
+      for (int64_t i = 2 * rows_.first(number, s); i < 2 * rows_.last(number, s); ++i) {
+        const int64_t row = rows_.row(number - 1, s, i);
+        level.children.push_back(row < 0 ? rows_.rows - 1 : row);  // absent: beyond the room for what is carried
       }
     return level;
   }
@@ -231,7 +229,7 @@ class Tree {
   const T* child(const Level<T>& level, int64_t number, int64_t entry, int64_t bank, const T* x, const T* token,
                  const T* nodes) const {
     const int64_t row = level.children[number];
-    if (level.number > 1) return nodes + (bank * rows_.rows + row + entry) * size_;
+    if (level.number > 1) return nodes + (bank * rows_.rows + std::min(row + entry, rows_.rows - 1)) * size_;
     return row < rows_.tokens ? x + row * size_ : token + (row - rows_.tokens) * size_;
   }
 

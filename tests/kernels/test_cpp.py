@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -235,7 +236,7 @@ def test_what_would_be_read_beyond_a_tensor_is_refused():
     for spans in ([[0, 9, 0]], [[5, 4, 0]], [[-1, 3, 0]], [[0, -1, 0]]):
         with pytest.raises(ValueError, match="spans: expected rows of 0 ... 7"):
             run(spans)
-    for spans, levels in (([[0, 4, 2]], None), ([[0, 4, 4]], 1), ([[0, 4, 14]], 3)):
+    for spans, levels in (([[0, 4, 2]], None), ([[0, 4, -1]], 3)):
         with pytest.raises(ValueError, match="spans: expected an offset"):
             run(spans, levels, 15)
     with pytest.raises(ValueError, match="spans: expected at most 4 rows of nodes of level 1, got 8"):
@@ -248,6 +249,22 @@ def test_what_would_be_read_beyond_a_tensor_is_refused():
             bad.run()
     with pytest.raises(TypeError, match="token_qkv: expected dtype float32 or bfloat16"):
         call.run(change=lambda t: t.half())
+
+
+@pytest.mark.parametrize("offset", [14, 40, 1 << 40])
+def test_a_sequence_beyond_its_room_leaves_the_others_as_they_are(offset):
+    """As a compiled stream may be, which reads no position: its nodes stand before those of the other one."""
+    sequences = Sequences(8, 2, 15, torch.tensor([[0, 4, offset], [4, 4, 2]]), 3)
+    call = Attention(sequences, 8, 2, 2, 0)
+    other = Attention(replace(sequences, spans=torch.tensor([[0, 0, 0], [4, 4, 2]])), 8, 2, 2, 0)
+    sequence, position = torch.ones(4, dtype=torch.int64), torch.arange(3, 7)
+    mine, theirs = (c.layout.slots(sequence, position, 2)[0].flatten() for c in (call, other))
+    other.tokens, other.nodes[:, theirs] = call.tokens, call.nodes[:, mine]
+    found = call.run()
+    assert all(torch.isfinite(t).all() for t in found)
+    assert torch.equal(found[0][4:], other.run()[0][4:])
+    for kind in ("linear", "expander"):
+        assert all(torch.isfinite(t).all() for t in Tree(sequences, kind, 8, 1).run() if t is not None)
 
 
 def test_a_layer_is_served_by_name_in_training_prefill_and_chunks():
