@@ -27,7 +27,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = ("csrc/register.cpp", "csrc/layer.cpp", "csrc/cpu/step.cpp", "csrc/cpu/matvec.cpp")
+CPU_SOURCES = (
+    *(f"csrc/{part}.cpp" for part in ("register", "layer", "parallel")),
+    *(f"csrc/cpu/{part}.cpp" for part in ("step", "matvec", "tree", "attention", "attention_avx2", "attention_avx512")),
+)
 # Beside the packages' own files, and no part of the sources: `backend/extension.py` reads it.
 RECORD = "lmn_kernels/_build.json"
 CUDA_SOURCES = tuple(f"csrc/cuda/step{part}.cu" for part in ("", "_f32", "_bf16", "_f16"))

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "operations.h"
+#include "parallel.h"
 
 #define LMN_STRING_(text) #text
 #define LMN_STRING(text) LMN_STRING_(text)
@@ -172,5 +173,6 @@ PYBIND11_MODULE(_C, m) {
       .def("ready", lmn::ready)
       .def("step", lmn::step_layer)
       .def("decode_", lmn::decode_layer_);
+  lmn::define_parallel(m);
   m.def("build", [] { return std::string(lmn::kBuild); }, "What the binary was built from and for.");
 }

@@ -40,8 +40,9 @@ def _attention_rows(call: Callable[[Problem], Tensor]) -> Callable[[Problem], Te
 # Our network, by operation.
 
 
-def our_tree(problem: Problem) -> Tensor:
-    return build_tree(problem.x.flatten(0, 1), problem.merge, problem.sequences, backend=problem.backend)
+def our_tree(problem: Problem, backend: str | None = None) -> Tensor:
+    served = problem.backend if backend is None else backend
+    return build_tree(problem.x.flatten(0, 1), problem.merge, problem.sequences, backend=served)
 
 
 def _nodes(problem: Problem) -> int:
@@ -54,9 +55,9 @@ def our_projections(problem: Problem) -> Outputs:
     return sva.token_qkv(problem.x.flatten(0, 1)), sva.node_qv(problem.nodes)
 
 
-def our_attention(problem: Problem) -> Tensor:
-    heads, sequences = problem.shape.heads, problem.sequences
-    return attend(problem.token_qkv, problem.node_qv, heads, sequences, backend=problem.backend)[0]
+def our_attention(problem: Problem, backend: str | None = None) -> Tensor:
+    heads, sequences, served = problem.shape.heads, problem.sequences, problem.backend if backend is None else backend
+    return attend(problem.token_qkv, problem.node_qv, heads, sequences, backend=served)[0]
 
 
 def our_layer(problem: Problem) -> Tensor:
@@ -69,6 +70,14 @@ def _lean_layer(problem: Problem) -> Tensor:
         return problem.layer(problem.x)
     finally:
         problem.layer.lean = False
+
+
+def _reference_layer(problem: Problem) -> Tensor:
+    problem.layer.backend = "reference"
+    try:
+        return problem.layer(problem.x)
+    finally:
+        problem.layer.backend = problem.backend
 
 
 def materialized_memory(problem: Problem) -> Tensor:
@@ -203,6 +212,13 @@ def _registry() -> dict[str, dict[str, Provider]]:
     tree = [
         Provider(OURS, own(our_tree), expected["tree"], ours_missing("build_tree"), by_position=False, nodes=_nodes),
         Provider(
+            "ours, reference",
+            own(lambda problem: our_tree(problem, "reference")),
+            expected["tree"],
+            by_position=False,
+            nodes=_nodes,
+        ),
+        Provider(
             "node-level", own(node_level.tree), lambda problem, _: our_tree(problem), by_position=False, nodes=_nodes
         ),
         Provider(
@@ -221,6 +237,10 @@ def _registry() -> dict[str, dict[str, Provider]]:
     attention = [
         Provider(OURS, own(_attention_rows(our_attention)), expected["attention"], ours_missing("attend")),
         Provider(
+            "ours, reference", own(_attention_rows(lambda problem: our_attention(problem, "reference"))),
+            expected["attention"],
+        ),
+        Provider(
             "node-level", own(_attention_rows(_gathered)), ours["attention"],
             growth=1.1, peak_bytes=naive_peak_bytes,
         ),
@@ -228,6 +248,7 @@ def _registry() -> dict[str, dict[str, Provider]]:
     ]  # fmt: skip
     layer = [
         Provider(OURS, own(our_layer), expected["layer"], ours_missing("attend")),
+        Provider("ours, reference", own(_reference_layer), expected["layer"]),
         Provider("ours, lean", own(_lean_layer), expected["layer"], ours_missing("attend")),
         Provider(
             "materialised", own(materialized_layer), ours["layer"], growth=1.1, peak_bytes=naive_peak_bytes

@@ -27,7 +27,7 @@ QUICK_SHAPES = [Shape("quick", 2, 256, 32, 4, 2)]
 GPU_ORDER = ("C", "D", "P", "A", "M")
 SMALL = ("P", "A")
 GROUPS = ("main", "attention", "linear", "compiled", "forms", "recurrent")
-MAIN = ("ours, lean", "materialised", "one product")
+MAIN = ("ours, reference", "ours, lean", "materialised", "one product")
 # Compiling takes longer than all the rest of a rehearsal, and than most of a run.
 COMPILED = ("materialised, compiled", "materialised, autotuned")
 

@@ -6,13 +6,6 @@
 
 #include "simd.h"
 
-// One binary for all processors of a family: each exported function exists once per instruction set, and
-// the loader picks. The helpers are inlined into them, and so are compiled for each.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(LMN_NO_CLONES)
-#define LMN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define LMN_CLONES
-#endif
 namespace lmn {
 namespace {
 

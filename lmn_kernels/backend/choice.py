@@ -11,8 +11,6 @@ import torch
 from . import env, extension
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
-# The types of device that a backend is made for; the reference serves all.
-DEVICES = {"triton": ("cuda",), "cpp": ("cpu", "cuda")}
 
 # Backends that serve a type of device only who asks for them by name: these kernels were compiled, but have
 # not run on a GPU. To be taken out with the first green result of `bench.gpu.check`.
@@ -26,12 +24,12 @@ class Operation(NamedTuple):
     """Who computes an operation.
 
     Attributes:
-        backends: that implement it, the fastest first; the reference does, too.
+        backends: that implement it, and the types of device that each is made for; the reference serves all.
         widest: features of a head that the Triton kernels take at most: in 16 bits, and where products are of
             float32; None for any.
     """
 
-    backends: tuple[str, ...]
+    backends: dict[str, tuple[str, ...]]
     widest: tuple[int, int] | None = None
 
 
@@ -68,8 +66,8 @@ def _triton_obstacle(operation: str, index: int | None, dtype: torch.dtype, head
 _triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def declare(operation: str, *backends: str, widest: tuple[int, int] | None = None) -> None:
-    """Say who computes an operation; see `Operation`."""
+def declare(operation: str, widest: tuple[int, int] | None = None, **backends: tuple[str, ...]) -> None:
+    """Say who computes an operation, ``triton=("cuda",)``; see `Operation`."""
     OPERATIONS[operation] = Operation(backends, widest)
 
 
@@ -97,7 +95,8 @@ def why_not(
         raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
     if backend == "reference":
         return None
-    if backend not in OPERATIONS[operation].backends:
+    made = OPERATIONS[operation].backends.get(backend)
+    if made is None:
         return f"the {backend} implementation of {operation} is not part of this version of lmn_kernels"
     if backend == "triton":
         found: list[str | None] = (
@@ -107,8 +106,9 @@ def why_not(
             found.append("the Triton kernels do not compute in float64")
         elif not found:
             found = [_triton_obstacle(operation, device.index, dtype, head_size)]
-    elif device.type not in DEVICES["cpp"]:
-        found = [f"the extension serves CPU and CUDA devices, not {device.type}"]
+    elif device.type not in made:
+        served = " and ".join(kind.upper() for kind in made)
+        found = [f"the extension serves {operation} on {served} devices, not on {device.type}"]
     else:
         half = (torch.float16,) if device.type == "cuda" else ()
         known = dtype in (torch.float32, torch.bfloat16, *half)
@@ -118,8 +118,8 @@ def why_not(
 
 def preferred(operation: str, device: torch.device) -> str:
     """The backend made for an operation on a device; the reference itself where there is no faster one."""
-    made = (backend for backend in OPERATIONS[operation].backends if device.type in DEVICES[backend])
-    return next(made, "reference")
+    found = (backend for backend, types in OPERATIONS[operation].backends.items() if device.type in types)
+    return next(found, "reference")
 
 
 def check_name(backend: str, name: str = "backend", operation: str | None = None) -> None:

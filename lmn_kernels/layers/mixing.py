@@ -44,7 +44,7 @@ class LogarithmicMixing(nn.Module):
             finite and differentiable at zero (places without a node hold zeros).
         expand: k of the expander, or None without one.
         init: ``"original"``, or ``"variance_preserving"``: a node varies as much as its children.
-        backend: of the parallel form: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: of the parallel form: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.
         step_backend: of the sequential form: ``"auto"``, ``"reference"`` or ``"cpp"``; where None the
             reference if ``backend`` is the reference, else ``"auto"``.
         lean: keep only tokens and nodes for backward, and project and attend again there: about half the

@@ -135,7 +135,7 @@ def _backward_flops(grad: Any, token_qkv: Any, node_qv: Any, out: Any, lse: Any,
     return _flops(token_qkv, node_qv, *rest, products=5)
 
 
-declare("attend", "triton", widest=(256, 128))
+declare("attend", widest=(256, 128), triton=("cuda",), cpp=("cpu",))
 register(
     f"attend(Tensor token_qkv, Tensor node_qv, int heads, {WHERE}) -> (Tensor, Tensor)",
     _run,

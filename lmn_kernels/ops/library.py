@@ -2,9 +2,9 @@
 
 `register` takes one operation, and each module beside this one registers its own. An operation of the parallel form
 takes the name of a resolved backend and calls that backend's launcher, so that what runs is what
-`backend.choice.resolve` said. Gradients are operations too; they can be differentiated again on the reference, and
-raise elsewhere. Those of the sequential form are the reference here; the extension (csrc/register.cpp) takes their
-place on the CPU and on CUDA once it is loaded, which `ops.step` asks for.
+`backend.choice.resolve` said. Gradients are operations too. Those of the reference and of the extension can be
+differentiated again, on the reference; Triton's raise. Operations of the sequential form are the reference here; the
+extension (csrc/register.cpp) takes their place on the CPU and on CUDA once it is loaded, which `ops.step` asks for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from python_ref.layout import Layout, make_layout
 from python_ref.precision import no_autocast
 from python_ref.sequences import Sequences
 
+from ..backend import extension
+from ..backend.choice import BackendError
 from .flops import Formula, count_with
 
 _LIBRARY = torch.library.Library("lmn_kernels", "DEF")
@@ -109,8 +111,13 @@ def register(
 def launcher(name: str, backend: str) -> ModuleType:
     """The module of a backend that implements the operations of ``tree``, ``attention`` or ``look_ahead``.
 
-    Triton and its kernels are imported at the first call that needs them.
+    Triton and its kernels are imported at the first call that needs them, and so is the extension.
+
+    Raises:
+        BackendError: the extension cannot be loaded; a traced program may have been made where it could.
     """
+    if backend == "cpp" and (reason := extension.obstacle("cpu")) is not None:
+        raise BackendError(f"backend='cpp' cannot serve {name}: {reason}")
     return importlib.import_module(f"python_ref.{name}" if backend == "reference" else f"lmn_kernels._{backend}.{name}")
 
 
@@ -128,9 +135,9 @@ def second_derivative(
     its own.
 
     Raises:
-        RuntimeError: the first derivative was not the reference's.
+        RuntimeError: the first derivative was neither the reference's nor the extension's.
     """
-    if backend != "reference":
+    if backend not in ("reference", "cpp"):
         raise RuntimeError(f"{operation}: second derivatives need backend='reference', got {backend!r}")
     further = torch.is_grad_enabled()
 

@@ -216,7 +216,7 @@ register(
     _save,
     flops=_flops,
 )
-declare("look_ahead_attend", "triton", widest=(128, 64))
+declare("look_ahead_attend", widest=(128, 64), triton=("cuda",))
 register(
     f"look_ahead_attend_backward(Tensor grad, Tensor grad_lse, {_OPERANDS}, Tensor out, Tensor total, {_SEEDS}, "
     f"{_REACH}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -237,7 +237,7 @@ def _step_flops(x: Any, *given: Any, **_: Any) -> int:
     return _decode_flops(x, None, *given)
 
 
-declare("step", "cpp")
+declare("step", cpp=("cpu", "cuda"))
 # By name, also where the extension has taken the reference's place.
 _REFERENCE = {
     "update_": register(

@@ -200,7 +200,7 @@ def _backward_flops(grad: Any, x: Any, nodes: Any, *rest: Any, **_: Any) -> int:
 
 
 register(f"build_tree(Tensor x, {_TREE}, {WHERE}) -> Tensor", _run, _fake, _gradient, _save, "tree", flops=_flops)
-declare("build_tree", "triton")
+declare("build_tree", triton=("cuda",), cpp=("cpu",))
 register(
     f"build_tree_backward(Tensor grad, Tensor x, Tensor nodes, {_TREE}, {WHERE}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -128,6 +128,7 @@ def build(package: Path) -> None:
     fibers = ["-U_FORTIFY_SOURCE", f"-I{emulated}", "-x", "c++"]
     for name, source, more in (
         *((f"{name}.o", ROOT / "csrc" / f"{name}.cpp", torch_headers) for name in ("register", "layer")),
+        ("parallel.o", emulated / "parallel.cpp", torch_headers),
         ("step.o", emulated / "step.cpp", fibers),
     ):
         command = [COMPILER, *flags, *more, "-c", str(source), "-o", str(package / name)]

@@ -57,7 +57,8 @@ def refusal(backend: str, operation: str, device: torch.device = CPU) -> str:
     pytest.skip(f"{backend} serves {operation} on {device.type} here")
 
 
-def test_auto_on_the_cpu_is_silent_and_is_the_reference_where_gradients_are():
+@pytest.mark.ext
+def test_auto_on_the_cpu_is_silent_and_is_the_extension_in_both_forms(built):
     x = torch.randn(2, 21, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,11 +66,10 @@ def test_auto_on_the_cpu_is_silent_and_is_the_reference_where_gradients_are():
         y = layer(x)
         _, state = layer.prefill(x)
         layer.step(x[:, :1], state)
-    named = LogarithmicMixing(8, 2, 2, backend="reference")
-    named.load_state_dict(layer.state_dict())
-    assert torch.equal(y, named(x))
-    for operation in ("build_tree", "attend"):
-        assert choice.resolve("auto", operation, CPU) == "reference"
+    assert torch.equal(y, _named(layer, "cpp")(x))
+    torch.testing.assert_close(y, _named(layer, "reference")(x))
+    for operation in ("build_tree", "attend", "step"):
+        assert choice.resolve("auto", operation, CPU) == "cpp"
 
 
 def both_forms(dtype: torch.dtype = torch.float32, **options: object) -> list[str]:
@@ -91,13 +91,14 @@ def test_the_extension_steps_on_the_cpu_in_silence(built):
     assert both_forms() == both_forms(step_backend="cpp") == []
 
 
-def test_without_the_extension_the_step_alone_says_so_and_once(no_extension):
-    assert both_forms() == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {no_extension}"]
+def test_without_the_extension_each_operation_says_so_and_once(no_extension):
+    said = "lmn_kernels: {} on cpu runs on the PyTorch reference: {}"
+    assert both_forms() == [said.format(name, no_extension) for name in ("build_tree", "attend", "step")]
     assert both_forms() == []
 
 
 def test_the_reference_by_name_is_silent(no_extension):
-    assert both_forms(backend="reference") == both_forms(step_backend="reference") == []
+    assert both_forms(backend="reference") == both_forms(backend="reference", step_backend="reference") == []
 
 
 def test_no_kernel_is_missed_in_float64(no_extension):
@@ -144,22 +145,14 @@ def test_a_forced_backend_that_cannot_serve_says_which_what_where_and_why(backen
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.usefixtures("no_extension")
 def test_a_forced_backend_is_never_replaced_in_silence(backend):
-    """Layer, block and operations raise alike; the layer was made without a complaint, as its device may change.
-
-    What no device serves is refused where the layer is made.
-    """
+    """Layer, block and operations raise alike; the layer was made without a complaint, as its device may change."""
     for operation in ("build_tree", "attend"):
         refusal(backend, operation)
     x = torch.randn(1, 9, 8)
     for kind in (LogarithmicMixing, LogarithmicMemory):
-        if backend == "cpp":
-            with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got 'cpp'"):
-                kind(8, 2, 2, backend=backend)
-            layer = kind(8, 2, 2)
-            layer.backend = backend
-        else:
-            layer = kind(8, 2, 2, backend=backend)
+        layer = kind(8, 2, 2, backend=backend)
         with pytest.raises(BackendError, match=backend):
             layer(x)
         with pytest.raises(BackendError, match=backend):
@@ -181,7 +174,7 @@ def test_a_callable_summarizer_cannot_be_forced_off_the_reference():
 
 @pytest.mark.parametrize("name", ["cuda", "Reference", "", "pytorch", None])
 def test_no_backend_of_that_name(name):
-    with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got"):
+    with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, cpp, got"):
         LogarithmicMixing(8, backend=name)
     with pytest.raises(ValueError, match="^backend: expected one of auto, reference, triton, got"):
         LookAheadMemoryAttention(8, 2, backend=name)
@@ -193,15 +186,17 @@ def test_the_variable_says_what_auto_means(monkeypatch):
     message = refusal("triton", "build_tree")
     layer = LogarithmicMixing(8, 2)
     x = torch.randn(1, 9, 8)
-    expected = layer(x)
+    expected, reference = layer(x), _named(layer, "reference")(x)
     monkeypatch.setenv("LMN_KERNELS_BACKEND", "triton")
     with pytest.raises(BackendError, match="triton") as raised:
         layer(x)
     assert str(raised.value) == message
-    assert torch.equal(_named(layer, "reference")(x), expected), "a name beats the variable"
-    for value in ("reference", "auto", ""):
+    assert torch.equal(_named(layer, "reference")(x), reference), "a name beats the variable"
+    for value in ("auto", ""):
         monkeypatch.setenv("LMN_KERNELS_BACKEND", value)
         assert torch.equal(layer(x), expected)
+    monkeypatch.setenv("LMN_KERNELS_BACKEND", "reference")
+    assert torch.equal(layer(x), reference)
 
 
 def _named(layer: LogarithmicMixing, backend: str) -> LogarithmicMixing:
@@ -226,8 +221,8 @@ def test_the_variable_leaves_what_its_backend_does_not_have_to_auto(monkeypatch)
     assert choice.resolve("auto", "attend", CUDA) == "triton"
     assert choice.resolve("auto", "step", CUDA) == "cpp"
     monkeypatch.setenv("LMN_KERNELS_BACKEND", "cpp")
-    assert choice.resolve("auto", "attend", CPU) == "reference"
-    assert choice.resolve("auto", "step", CPU) == "cpp"
+    assert choice.resolve("auto", "look_ahead_attend", CPU) == "reference"
+    assert choice.resolve("auto", "attend", CPU) == choice.resolve("auto", "step", CPU) == "cpp"
 
 
 def test_a_variable_with_a_typo_is_an_error(monkeypatch):
@@ -345,7 +340,7 @@ def cpu_lines(text: str) -> dict[str, str]:
     return dict(line.strip().split(": ", 1) for line in lines)
 
 
-@pytest.mark.filterwarnings("ignore:lmn_kernels. step on cpu runs on")  # where the extension is not built
+@pytest.mark.filterwarnings("ignore:lmn_kernels. .* on cpu runs on")  # where the extension is not built
 def test_info_tells_what_resolve_does(monkeypatch):
     for value in ("", "reference"):
         monkeypatch.setenv("LMN_KERNELS_BACKEND", value)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.close import assert_close, assert_same_gradients
-from lmn_kernels import ExpanderSummarizerLogarithmicMemory, LogarithmicMemory
+from bench.close import TOLERANCE, assert_close, assert_same_gradients
+from lmn_kernels import ExpanderSummarizerLogarithmicMemory, LogarithmicMemory, why_not
 from python_ref import definition
+from tests.support.served import Served
 from tests.support.variants import definition_of
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -55,6 +56,24 @@ def test_parallel_and_every_gradient(golden):
     expected = [golden.gradients.get(name, torch.zeros_like(g)) for name, g in zip(names, got, strict=True)]
     assert set(golden.gradients) <= set(names)
     assert_same_gradients(names, got, expected, BAR)
+
+
+@pytest.mark.ext
+def test_parallel_and_every_gradient_in_float32_by_the_extension(golden):
+    if (reason := why_not("cpp", "attend", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    layer, x = golden.layer.float(), golden.x.float().requires_grad_()
+    layer.backend = "cpp"
+    with Served() as served:
+        y = layer(x)
+        (y * golden.cotangent.float()).sum().backward()
+    served.check("cpp", "build_tree", "attend", "build_tree_backward", "attend_backward")
+    values, gradients = TOLERANCE[torch.float32]
+    assert_close("y", y.detach(), golden.y, values)
+    got = {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+    known = golden.gradients | {"x": golden.grad_x}
+    expected = [known.get(name, torch.zeros_like(g)) for name, g in got.items()]
+    assert_same_gradients(list(got), list(got.values()), expected, gradients)
 
 
 def test_memory_tensor(golden):

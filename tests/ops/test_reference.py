@@ -7,7 +7,7 @@ import torch
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients
 from bench.measure.footprint import saved_bytes
-from lmn_kernels import LinearMerge, Sequences, attend, build_tree
+from lmn_kernels import LinearMerge, Sequences, attend, build_tree, why_not
 from python_ref import definition
 from python_ref.attention import tile_width
 from python_ref.layout import Layout, level_count, make_layout, node_rows
@@ -36,10 +36,19 @@ def test_values_and_gradients(variant):
         assert_same_gradients(names, got, want, TOLERANCE[torch.float64][1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_against_float64(dtype):
-    for variant in VARIANTS[:2] + VARIANTS[4:6]:
-        layer = variant.layer(dtype)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *(("reference", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *(pytest.param("cpp", dtype, marks=pytest.mark.ext) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_low_precision_against_float64(backend, dtype):
+    if (reason := why_not(backend, "attend", "cpu", dtype)) is not None:
+        pytest.skip(reason)
+    for variant in [v for v in VARIANTS if "module" not in v.name and v.name != "function"]:
+        layer = variant.layer(dtype, backend=backend)
         x = torch.randn(2, 45, variant.embedding, dtype=dtype, requires_grad=True)
         exact = variant.layer()
         exact.load_state_dict(layer.state_dict())

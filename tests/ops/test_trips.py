@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lmn_kernels import LogarithmicMemory
+from lmn_kernels import LogarithmicMemory, why_not
 from tests.support.trips import Trip, trip
 
 
@@ -21,8 +22,11 @@ def trips(backend: str) -> tuple[Trip, Trip]:
         torch.autograd.set_multithreading_enabled(threads)
 
 
-def test_the_reference():
-    forward, backward = trips("reference")
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=pytest.mark.ext)])
+def test_forward_and_backward(backend):
+    if (reason := why_not(backend, "attend", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    forward, backward = trips(backend)
     assert forward.changes <= 89 // 2 and backward.changes <= 70 // 2
     assert forward.files >= 10 and backward.files >= 4, "a tracer that sees nothing"
 

@@ -22,7 +22,10 @@ def no_extension(monkeypatch) -> str:
 def test_why_not_is_public_and_refuses_what_it_does_not_know():
     assert lmn_kernels.why_not("reference", "attend", "cpu", torch.float64) is None
     assert "need a CUDA device" in lmn_kernels.why_not("triton", "attend", "cpu", torch.float32)
-    assert "not part of this version" in lmn_kernels.why_not("cpp", "attend", CPU, torch.float32)
+    assert "not part of this version" in lmn_kernels.why_not("cpp", "look_ahead_attend", CPU, torch.float32)
+    assert lmn_kernels.why_not("cpp", "attend", "cuda", torch.float32) == (
+        "the extension serves attend on CPU devices, not on cuda"
+    )
     with pytest.raises(ValueError, match="^backend: expected one of reference, triton, cpp, got 'auto'"):
         lmn_kernels.why_not("auto", "attend", CPU, torch.float32)
     with pytest.raises(ValueError, match="^operation: expected one of .*step.*, got 'steps'"):

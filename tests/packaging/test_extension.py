@@ -30,7 +30,6 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.
 import torch, lmn_kernels
 loaded = lambda: "lmn_kernels._C" in sys.modules
 layer, x = lmn_kernels.LogarithmicMixing(8, 2), torch.randn(1, 5, 8)
-layer(x)
 early = loaded() or "torch.utils.cpp_extension" in sys.modules
 named = lmn_kernels.LogarithmicMixing(8, 2, step_backend="cpp")
 with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
@@ -67,12 +66,18 @@ def probe(package: Path) -> tuple[bool, bool, list[str], str | None, str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def said_of(reason: str) -> list[str]:
+    """The warnings of a process in which the extension cannot be used."""
+    operations = "build_tree", "attend", "step"
+    return [f"lmn_kernels: {name} on cpu runs on the PyTorch reference: {reason}" for name in operations]
+
+
 def falls_back(package: Path, *parts: str) -> None:
     early, loaded, warned, refusal, line, step = probe(package)
     assert not early and not loaded
     reason = line.removeprefix("C++/CUDA extension: ")
     assert all(part in reason for part in (*parts, "pip install --no-build-isolation .")), reason
-    assert warned == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {reason}"]
+    assert warned == said_of(reason)
     assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
     assert step.strip() == f"step: reference ({reason})"
 
@@ -83,7 +88,7 @@ def test_the_reason_that_the_build_recorded(package):
     reason = f"the extension is not built: {said}"
     _, loaded, warned, refusal, line, step = probe(package)
     assert not loaded and line == f"C++/CUDA extension: {reason}"
-    assert warned == [f"lmn_kernels: step on cpu runs on the PyTorch reference: {reason}"]
+    assert warned == said_of(reason)
     assert refusal == f"backend='cpp' cannot serve step on cpu: {reason}"
     assert step.strip() == f"step: reference ({reason})"
 
@@ -158,7 +163,7 @@ def binary() -> bytes:
 
 
 @pytest.mark.ext
-def test_the_extension_is_loaded_by_the_first_step_and_in_silence(package, binary):
+def test_the_extension_is_loaded_by_the_first_call_and_in_silence(package, binary):
     (package / NAME).write_bytes(binary)
     (package / "_C.cpython-27m.so").write_bytes(b"of another Python")
     early, loaded, warned, refusal, line, step = probe(package)

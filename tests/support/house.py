@@ -21,7 +21,7 @@ TOPS = {Path(source).stem for source in SOURCES}
 
 _PRODUCT = {
     "python_ref", "lmn_kernels", "lmn_kernels.layers", "lmn_kernels.ops", "lmn_kernels.backend", "lmn_kernels.states",
-    "lmn_kernels._triton",
+    "lmn_kernels._triton", "lmn_kernels._cpp",
 }  # fmt: skip
 _GROUND = {"bench.close", "bench.errors", "bench.extras", "bench.files"}
 
@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "lmn_kernels._version": set(),
     "lmn_kernels._C": set(),
     "lmn_kernels._triton": {"python_ref"},
+    "lmn_kernels._cpp": {"python_ref", "lmn_kernels._C"},
     "lmn_kernels.states": {"python_ref"},
     "lmn_kernels.backend": {"python_ref", "lmn_kernels._version", "lmn_kernels._C"},
     "lmn_kernels.ops": {"python_ref", "lmn_kernels.backend", "lmn_kernels.states", "lmn_kernels._C"},
@@ -56,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
 }  # fmt: skip
 ROOMS["tests"] = set(ROOMS) - {"setup"}
 # What a room may import in a function alone, at the first call that needs it.
-LAZILY = {"lmn_kernels.ops": {"lmn_kernels._triton"}}
+LAZILY = {"lmn_kernels.ops": {"lmn_kernels._triton", "lmn_kernels._cpp"}}
 # What a room may import from outside, beside the standard library; a room that is not named is free.
 OUTSIDE = {"python_ref": {"torch"}}
 

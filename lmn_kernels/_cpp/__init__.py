@@ -1,0 +1,1 @@
+"""Launchers of the compiled parallel form on a CPU (csrc/parallel.cpp)."""
