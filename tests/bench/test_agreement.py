@@ -42,7 +42,7 @@ def test_rehearsal_of_the_agreement(text: Path, tmp_path: Path, monkeypatch: pyt
         assert (row["first_disagreement"] is None) == (row["disagreements"] == 0)
         if row["dtype"] == "float32":
             assert row["disagreements"] == 0
-        else:
+        elif row["comparison"] != "parallel and sequential":  # which agree to the bit on the reference
             assert row["max_difference"] > 1e-4  # it was bfloat16
     shown = agreement.show(rows)
     assert "freshly initialised" in shown and number(rows[0]["max_difference"]) in shown
