@@ -6,22 +6,16 @@ own launchers are called: nothing else can serve.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.support import kernel_place
+
+kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients, error  # noqa: E402
 from lmn_kernels._triton import attention, tree  # noqa: E402
@@ -32,7 +26,7 @@ from python_ref.layout import Layout, stack_height  # noqa: E402
 from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
 
-pytestmark = [pytest.mark.interpret] if INTERPRETED else []
+pytestmark = [kernel_place.mark()] if kernel_place.INTERPRETED or kernel_place.EXECUTED else []
 
 
 class AttendCase(NamedTuple):

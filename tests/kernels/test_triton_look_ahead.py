@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+from tests.support import kernel_place
+
+DEVICE = kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close  # noqa: E402
 from lmn_kernels._triton import look_ahead as kernels  # noqa: E402
 from python_ref import look_ahead as reference  # noqa: E402
 from tests.support.launches import every_launch  # noqa: E402
 
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = kernel_place.mark()
 
 # Batch, T, M, W, heads, head size, whether the memory looks ahead, goes on, has a table of its own, and starts late.
 CASES = {
