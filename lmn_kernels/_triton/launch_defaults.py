@@ -46,9 +46,9 @@ _16_BITS: dict[str, Rows] = {
         256: dict(BT=64, BK=32, num_warps=8, num_stages=1),
     },
     "attend_bwd": {
-        16: dict(BT=64, BK=32, num_warps=4, num_stages=2),
-        32: dict(BT=64, BK=32, num_warps=8, num_stages=2),
-        64: dict(BT=64, BK=32, num_warps=8, num_stages=2),
+        16: dict(BT=64, BK=32, num_warps=2, num_stages=2, maxnreg=255),
+        32: dict(BT=64, BK=32, num_warps=2, num_stages=2),
+        64: dict(BT=64, BK=32, num_warps=4, num_stages=2),
         128: dict(BT=64, BK=32, num_warps=8, num_stages=1),
         256: dict(BT=32, BK=16, num_warps=8, num_stages=1),
     },
