@@ -18,16 +18,21 @@ class Counts:
 
     Args:
         memory: whether sectors and bank conflicts are counted, which takes time.
+
+    Attributes:
+        blocks: that some thread came to.
     """
 
     def __init__(self, memory: bool):
         self.memory = memory
         self.instructions: Counter[str] = Counter()
+        self.blocks: set[int] = set()
         self.operations = 0
         self.tensor_instructions = 0
         self.found: Counter[str] = Counter()
 
-    def block(self, names: Counter[str], warps: int) -> None:
+    def block(self, number: int, names: Counter[str], warps: int) -> None:
+        self.blocks.add(number)
         for name, number in names.items():
             self.instructions[name] += number * warps
 

@@ -25,7 +25,8 @@ from lmn_kernels._triton import tree
 from .arena import Argument, Storage
 from .counts import Counts
 from .findings import Findings, Refused
-from .machine import Program, launch
+from .machine import FUEL, Program, launch
+from .needed import multiplications
 from .unset import Unset
 
 # Programs at a grid barrier: few, but none alone.
@@ -34,14 +35,18 @@ PROGRAMS = 3
 
 @dataclass
 class Launched:
-    """One launch that was executed."""
+    """One launch that was executed; ``metadata`` is Triton's, with multiplications of its products (`needed`)."""
 
-    kernel: str
+    program: Program
+    text: str
     grid: int
     counts: Counts
-    program: Program
-    constants: dict[str, Any]
-    warps: int
+    metadata: Any
+
+    @property
+    def lines(self) -> set[int]:
+        """Lines of the PTX that some thread came to."""
+        return {i.site.line for number in self.counts.blocks for i in self.program.kernel.blocks[number]}
 
 
 class Device:
@@ -51,6 +56,7 @@ class Device:
         changed: what is done to the text of a kernel before it is read; for planted faults.
         count_memory: whether sectors and bank conflicts are counted.
         launched: what has run, where it is kept.
+        fuel: blocks after which a launch has gone astray.
     """
 
     def __init__(self) -> None:
@@ -61,6 +67,7 @@ class Device:
         self.count_memory = False
         self.launched: list[Launched] | None = None
         self.programs = PROGRAMS
+        self.fuel = FUEL
         self.utils = self
         self._read: dict[str, Program] = {}
 
@@ -98,24 +105,25 @@ class Device:
                 name: value for name, value in zip(names, values, strict=True) if source.signature[name] == "constexpr"
             }
             given = [value for name, value in zip(names, values, strict=True) if name not in constants]
-            self._launch(text, given, x, metadata, constants)
+            self._launch(text, given, x, metadata)
 
         return run
 
-    def _launch(self, text: str, given: Sequence[Any], grid: int, metadata: Any, constants: dict[str, Any]) -> None:
-        text = text if self.changed is None else self.changed(text)
-        program = self._read.get(text)
-        if program is None:
-            program = self._read[text] = Program(text)
+    def _launch(self, text: str, given: Sequence[Any], grid: int, metadata: Any) -> None:
+        if self.changed is not None:
+            text = self.changed(text)
+            program = Program(text)
+        else:
+            program = self._read.get(text) or self._read.setdefault(text, Program(text))
         storages: dict[int, Storage] = {}
         arguments = [self._argument(value, storages) for value in given]
         # What Triton keeps for scratch memory, of which our kernels have none.
         arguments += [0] * (len(program.kernel.parameters) - len(arguments))
         counts = launch(
-            program, arguments, grid, shared=metadata.shared, findings=self.findings, counts=Counts(self.count_memory)
+            program, arguments, grid, None, metadata.shared, self.findings, Counts(self.count_memory), self.fuel
         )
         if self.launched is not None:
-            self.launched.append(Launched(program.kernel.name, grid, counts, program, constants, metadata.num_warps))
+            self.launched.append(Launched(program, text, grid, counts, metadata))
 
     def _argument(self, value: Any, storages: dict[int, Storage]) -> Argument | int | float:
         if not isinstance(value, torch.Tensor):
@@ -129,12 +137,21 @@ class Device:
         return Argument(storages[key], low, low + (last + 1) * size if value.numel() else low)
 
 
-def _as_text(*stages: Any) -> Any:
-    """Triton's hook for its stages: what it loads as a binary is the text of the PTX."""
-    if not stages:
-        key = "PTX as a binary"
+def _as_text(*given: Any) -> Any:
+    """Triton's hook for its stages: what it loads as a binary is the text of the PTX; products are counted before."""
+    if not given:
+        key = "PTX as a binary, products counted"
         return key, hashlib.sha256(key.encode()).hexdigest()
-    stages[1]["cubin"] = lambda source, metadata: source.encode()
+    stages = given[1]
+    make = stages["ttgir"]
+
+    def counted(source: Any, metadata: dict[str, Any]) -> Any:
+        module = make(source, metadata)
+        metadata["products_needed"], metadata["products_done"] = multiplications(str(module))
+        return module
+
+    stages["ttgir"] = counted
+    stages["cubin"] = lambda source, metadata: source.encode()
 
 
 DEVICE = Device()

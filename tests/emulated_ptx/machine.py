@@ -181,7 +181,7 @@ class Machine:
             mask = self.pc == number
             there = int(np.count_nonzero(mask))
             self.blocks[number].run(self, registers, mask, there + self.gone == self.lanes.count)
-            self.counts.block(self.program.names[number], int(self.lanes.warps(mask).sum()))
+            self.counts.block(number, self.program.names[number], int(self.lanes.warps(mask).sum()))
             steps += 1
             if steps > self.fuel:
                 site = self.program.kernel.blocks[number][0].site

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,11 +22,20 @@ from .arena import Storage
 _MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 
+@dataclass
+class _Made:
+    """Memory made without values; ``unset`` are its bytes that nobody has written, None before anybody asked."""
+
+    memory: StorageWeakRef
+    dtype: torch.dtype
+    unset: np.ndarray | None = None
+
+
 class Unset:
     """The storages that were made without values."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[StorageWeakRef, np.ndarray, torch.dtype]] = {}
+        self._made: dict[int, _Made] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -42,8 +52,7 @@ class Unset:
             found = make(*arguments, **options)
             if type(found) is torch.Tensor and found.device.type == "cpu" and found.numel():
                 storage = found.untyped_storage()
-                unset = np.ones(storage.nbytes(), bool)
-                self._made[storage.data_ptr()] = (StorageWeakRef(storage), unset, found.dtype)
+                self._made[storage.data_ptr()] = _Made(StorageWeakRef(storage), found.dtype)
             return found
 
         return made
@@ -54,11 +63,13 @@ class Unset:
         address, size = memory.data_ptr(), memory.nbytes()
         data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)) if size else np.zeros(0, np.uint8)
         made = self._made.get(address)
-        if made is None or made[0].expired() or len(made[1]) != size:
+        if made is None or made.memory.expired():
             return Storage(data, address % 256)
-        _, unset, dtype = made
-        if unset.any():
-            elements = torch.empty(0, dtype=dtype).set_(memory)
-            held = torch.isnan(elements) if dtype.is_floating_point else elements == torch.iinfo(dtype).max
-            unset &= np.repeat(held.numpy(), dtype.itemsize)
-        return Storage(data, address % 256, unset if unset.any() else None)
+        if made.unset is None:
+            made.unset = np.ones(size, bool)
+        if made.unset.any():
+            elements = torch.empty(0, dtype=made.dtype).set_(memory)
+            floating = made.dtype.is_floating_point
+            held = torch.isnan(elements) if floating else elements == torch.iinfo(made.dtype).max
+            made.unset &= np.repeat(held.numpy(), made.dtype.itemsize)
+        return Storage(data, address % 256, made.unset if made.unset.any() else None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from tests.support.operands import cast, layout_of, merge_of, sequences_of  # no
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
 
 pytestmark = [kernel_place.mark()] if kernel_place.INTERPRETED or kernel_place.EXECUTED else []
+if kernel_place.EXECUTED:
+    # All configurations, where all is asked for.
+    pytestmark.append(pytest.mark.slow)
 
 
 class AttendCase(NamedTuple):
@@ -42,7 +46,8 @@ def attend_cases(place: Place) -> list[AttendCase]:
     for dtype in DTYPES:
         widths = {*LAUNCHES.widths("attend_fwd", dtype), *LAUNCHES.widths("attend_bwd", dtype)}
         found += [AttendCase(dtype, width) for width in sorted(widths)]
-    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if place.quick else found
+    few = place.quick and not kernel_place.EXECUTED
+    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if few else found
 
 
 def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
@@ -120,7 +125,8 @@ def tree_cases(place: Place) -> list[TreeCase]:
     for dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "separable", "expander"):
             found += [TreeCase("tail", dtype, 64, "padded", kind), TreeCase("block", dtype, 64, "odd", kind)]
-    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if place.quick else found
+    few = place.quick and not kernel_place.EXECUTED
+    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if few else found
 
 
 def real_rows(layout: Layout) -> Tensor:

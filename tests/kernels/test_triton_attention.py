@@ -67,8 +67,18 @@ def test_forward_and_backward_in_float32(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["shared nodes", "heads of 80", "packed", "continued", "expander"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+HALVES = (torch.float16, torch.bfloat16)
+IN_HALVES = ["shared nodes", "heads of 80", "packed", "continued", "expander"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, dtype) for case in IN_HALVES for dtype in HALVES),
+        *kernel_place.in_other_dtypes((case, dtype) for case in CASES for dtype in HALVES if case not in IN_HALVES),
+    ],
+    ids=str,
+)
 def test_forward_and_backward_in_16_bits(case, dtype):
     check(case, dtype)
 
@@ -89,6 +99,7 @@ def check(case, dtype):
         assert_close(name, g.double(), w, gradients)
 
 
+@pytest.mark.slow
 def test_every_configuration_gives_the_same():
     token_qkv, node_qv, grad, heads, layout = inputs("shared nodes", torch.float32)
     expected, lse = reference.attend(token_qkv, node_qv, heads, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -189,7 +189,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+IN_OTHER_DTYPES = [
+    (replace(case, name=f"{case}_in_{str(dtype)[6:]}", dtype=dtype),)
+    for case in CASES
+    for dtype in (SINGLE, HALF, BRAIN)
+    if dtype != case.dtype
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *kernel_place.in_other_dtypes(IN_OTHER_DTYPES)], ids=str)
 def test_values_and_gradients(case, monkeypatch):
     if case.small_tail:
         monkeypatch.setattr(tree, "TAIL_ELEMENTS", 0)

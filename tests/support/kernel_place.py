@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -26,3 +28,8 @@ def device() -> torch.device:
 def mark() -> pytest.MarkDecorator:
     """What selects the tests of a module there."""
     return pytest.mark.ptx if EXECUTED else pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+
+
+def in_other_dtypes(cases: Iterable[Any]) -> list[Any]:
+    """Cases that are run on the executor alone, and there where all are asked for."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases] if EXECUTED else []
