@@ -2,6 +2,7 @@
 #   PYTHON=python3.12                                               another interpreter (3.10 or newer)
 #   PYTEST_ARGS="-k tree"                                           arguments for pytest
 #   WORKERS=4                                                       how many processes run tests, each on one thread
+#   ARCHS=80,90 TRITON=3.8.0                                        what make ptx compiles for, and with
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -16,11 +17,12 @@ READY := .venv/.ready
 TESTS = -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 # The definition, the reference, operations, layers, states, the step, and the rules of the house.
 CORE := tests/ops tests/layers tests/states tests/kernels tests/packaging tests/bench/test_close.py
-# Triton's interpreter is chosen when Triton is imported, so it takes processes of its own.
+# Triton's interpreter is chosen when Triton is imported, so it takes processes of its own. make test leaves to it
+# what the executor of PTX does not run anyway, which has the same tests on what is compiled for sm_80 and sm_90.
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -m interpret $(TESTS)
 # On the executor of PTX: in make test what touches every kernel, dtype and kind of batch, in make ptx all.
 EXECUTED = $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 ARCHS ?= 75,80,86,89,90,120
-INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -m interpret $(TESTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
@@ -37,7 +39,7 @@ check: lint ## lint, then the core: what the network computes, on the reference,
 
 test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (7 minutes)
 	$(BIN)/python -m pytest $(TESTS)
-	$(INTERPRETED)
+	$(INTERPRETED) -m "interpret and slow"
 	$(EXECUTED) --ptx 80,90 -m "ptx and not slow"
 
 ptx: $(READY) ## every kernel, configuration and planted fault on the PTX for ARCHS, on a CPU; TRITON=3.8.0 for another release

@@ -27,10 +27,9 @@ from python_ref.layout import Layout, stack_height  # noqa: E402
 from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
 
-pytestmark = [kernel_place.mark()] if kernel_place.INTERPRETED or kernel_place.EXECUTED else []
-if kernel_place.EXECUTED:
-    # All configurations, where all is asked for.
-    pytestmark.append(pytest.mark.slow)
+# Off a GPU where all is asked for: on the executor all configurations, in the interpreter a few.
+HERE = kernel_place.INTERPRETED or kernel_place.EXECUTED
+pytestmark = [kernel_place.mark(), pytest.mark.slow] if HERE else []
 
 
 class AttendCase(NamedTuple):
