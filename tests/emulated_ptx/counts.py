@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from .emitter import Access
-from .findings import Site
 
 SECTOR, BANKS = 32, 32
 
@@ -36,9 +35,8 @@ class Counts:
         for name, number in names.items():
             self.instructions[name] += number * warps
 
-    def tensor(self, site: Site, operations: int, mask: np.ndarray) -> None:
-        """A product of so many multiplications by each warp, or warp group, of a mask."""
-        each = 128 if site.text.find("wgmma") >= 0 else 32
+    def tensor(self, operations: int, mask: np.ndarray, each: int) -> None:
+        """A product of so many multiplications by every ``each`` lanes of a mask."""
         number = int(mask.reshape(-1, each).any(1).sum())
         self.tensor_instructions += number
         self.operations += number * operations

@@ -36,7 +36,7 @@ def _product(e: Emitter, i: Instruction) -> None:
     found = [e.fresh() for _ in names[0]]
     e.put(f"{', '.join(found)} = T.product({a}, {b}, ({sums},))")
     e.put(f"M.whole_warps({e.mask}, {site})")
-    e.put(f"M.counts.tensor({site}, {known.operations}, m)")
+    e.put(f"M.counts.tensor({known.operations}, m, 32)")
     for name, value in zip(names[0], found, strict=True):
         e.give(name, value, "f")
 
@@ -120,6 +120,6 @@ def _group(e: Emitter, i: Instruction) -> None:
         f"{', '.join(found)} = M.groups.product(({sums},), {first}, {e.array(b, 'b64')}, {keep}, {tuple(flags)},"
         f" {left!r}, {e.mask}, {site})"
     )
-    e.put(f"M.counts.tensor({site}, {64 * columns * 16}, m)")
+    e.put(f"M.counts.tensor({64 * columns * 16}, m, 128)")
     for name, value in zip(names, found, strict=True):
         e.give(name, value, "f")

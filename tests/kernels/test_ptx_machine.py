@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests.emulated_ptx import small
+from tests.emulated_ptx.arena import Argument, Storage
 from tests.emulated_ptx.counts import Counts
+from tests.emulated_ptx.findings import Findings
+from tests.emulated_ptx.machine import Program, launch
 from tests.emulated_ptx.values import from_bf16, to_bf16, to_f16
 
 U32, F32 = np.uint32, np.float32
@@ -322,3 +325,23 @@ def test_counts():
     assert found["by_kind"]["st.global.b32"] == 1 and found["warp_instructions"] == 8
     assert found["global_sectors_written"] == 32 and found["global_bytes_written"] == 128
     assert found["shared_passes"] == 2 and found["shared_requests"] == 1
+
+
+def test_scopes_and_variables_of_shared_memory():
+    """Registers of an inner scope hide outer ones; variables lie side by side, and what has no size last."""
+    out = np.zeros((32, 2), U32)
+    text = small.HEADER.format(
+        parameters="\n.param .u64 p0",
+        threads=32,
+        body=f"""{BEGIN}
+    mov.b32 %r1, 5; {{ .reg .b32 %r1, other; mov.b32 %r1, 7; {{ .reg .b32 %r1; mov.b32 %r1, 9; }} mov.b32 other, %r1;
+    mov.b32 %r2, other; }} add.s32 %r3, %r1, %r2; mov.b32 %r4, memory; mad.wide.u32 %d1, %r100, 8, %d0;
+    st.shared.b32 [small+4], %r1; st.global.v2.b32 [%d1], {{%r3, %r4}}; st.shared.b32 [%r4], %r3;""",
+    )
+    text = text.replace(".visible", ".shared .align 8 .b8 small[12];\n.shared .align 16 .b8 unused[64];\n.visible", 1)
+    program = Program(text)
+    assert program.kernel.shared == {"small": 0, "memory": 16} and program.kernel.shared_bytes == 12
+    findings = Findings()
+    data = out.reshape(-1).view(np.uint8)
+    launch(program, [Argument(Storage(data), 0, len(data))], 1, shared=20, findings=findings)
+    assert not findings.take() and (out == [12, 16]).all()
