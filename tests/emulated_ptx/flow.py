@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 
 from .parser import Instruction, Kernel
 
@@ -18,6 +19,7 @@ _NO_DESTINATION = {
 # What makes something of a value beside another one: here it must have been written.
 USES = {"ld", "ldu", "st", "atom", "red", "bra", "cp", "ldmatrix", "stmatrix", "mma", "wgmma", "vote", "redux"}
 _Groups = tuple[int, ...]
+_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ def after_group(groups: _Groups, instruction: Instruction, touched: Touched) -> 
     if what == "mma_async":
         return (opened | touched.writes, *closed)
     if what == "commit_group":
-        return (0, opened, *closed)
+        # Older ones of a loop that never waits are one.
+        older = reduce(or_, closed[_MOST - 1 :], 0)
+        return (0, opened, *closed[: _MOST - 1], *([older] if len(closed) >= _MOST else []))
     if what == "wait_group":
         kept = closed[: int(instruction.operands[0])]
         return (opened, *kept) if opened or kept else ()

@@ -118,11 +118,11 @@ PLANTED = [
     Planted("a shuffle from another lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), (\d+),",
             lambda m: f"{m[1]}, {31 - int(m[2])},", 60),
     Planted("registers of a product swapped",
-            r"(mma\.sync.*?\}, \{ %r\d+, )(%r\d+), (%r\d+)(, %r\d+ \}.*)", r"\1\3, \2\4", 100, archs=(80,)),
+            r"(mma\.sync.*?\}, \{ %r\d+, )(%r\d+), (%r\d+)(, %r\d+ \}.*)", r"\1\3, \2\4", 80, archs=(80,)),
     Planted("a matrix not transposed", r"(ldmatrix.*)\.trans", r"\1", 100, archs=(80,)),
     Planted("an atomic made relaxed", r"gpu\.acq_rel\.add", "gpu.relaxed.add", where=grow),
     Planted("an acquire dropped", r"ld\.global\.gpu\.acquire", "ld.relaxed.gpu.global", where=grow),
-    Planted("a fence of the tensor cores' reads dropped", r"^\s*fence\.proxy\.async.*$", "", 60, archs=(90,)),
+    Planted("a fence of the tensor cores' reads dropped", r"^\s*fence\.proxy\.async.*$", "", 50, archs=(90,)),
     Planted("a wait for products dropped", r"^\s*wgmma\.wait_group.*$", "", 60, archs=(90,)),
     Planted("a product that begins anew", r"(wgmma\.mma_async.*?\}.*?), %p\d+, 1, 1,", r"\1, 0, 1, 1,", archs=(90,)),
 ]  # fmt: skip
@@ -168,7 +168,7 @@ def caught(device: Device, planted: Planted, place: tuple[str, int] | None) -> s
         lines[place[1] - 1] = new
         return "\n".join(lines)
 
-    device.changed, device.fuel = changed, 5000
+    device.changed, device.fuel = changed, 1000
     try:
         pairs = planted.where()
     except RuntimeError as fault:
