@@ -235,12 +235,12 @@ def look_ahead_bwd_kernel_dq(
         b_dqv += tl.dot((b_left + b_dlow).to(DOT), b_r, input_precision=PRECISION)
         b_left, b_r = b_dhigh, b_next
     b_dqv += tl.dot(b_left.to(DOT), b_r, input_precision=PRECISION)
-    b_dqu, b_dqv = b_dqu * scale, b_dqv * scale
-    _store(dq + base_q, i0 - (K - Q), m_i, H * D, b_dqu + b_dqv, D, BT, BD)
+    _store(dq + base_q, i0 - (K - Q), m_i, H * D, (b_dqu + b_dqv) * scale, D, BT, BD)
     o_d = tl.arange(0, BD)
     p_dbias = d_bias + ((i_p * B + i_b) * 2 * H + i_h) * D + o_d
-    tl.store(p_dbias, tl.sum(b_dqu, 0), mask=o_d < D)
-    tl.store(p_dbias + H * D, tl.sum(b_dqv, 0), mask=o_d < D)
+    # Scaled behind the sum, for the same reason as the mean.
+    tl.store(p_dbias, tl.sum(b_dqu, 0) * scale, mask=o_d < D)
+    tl.store(p_dbias + H * D, tl.sum(b_dqv, 0) * scale, mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
