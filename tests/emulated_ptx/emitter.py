@@ -302,6 +302,11 @@ class Emitter:
             if instruction.head == "selp":
                 parts = [indices(self.flow.bits(part) & suspect) for part in instruction.operands[1:3]]
                 chosen = f"({self.value(instruction.operands[3], 'pred')}, {parts[0]}, {parts[1]})"
+            elif instruction.head == "mov" and instruction.operands[1].startswith("{"):
+                # A pair is of nothing where both parts are: of some, one half is never looked at (sm_120).
+                parts = [self.flow.bits(part) for part in instruction.operands[1].strip("{} ").split(",")]
+                reads = reads if all(part & suspect for part in parts) else []
+                chosen = "'pair'"
             elif instruction.head == "shfl":
                 by, clamp = (self.array(one, "b32") for one in instruction.operands[2:4])
                 chosen = f"({by}, {clamp}, {instruction.parts[2]!r})"

@@ -339,9 +339,13 @@ class Machine:
                 example = f"{self.program.flow.names[register]} in lane {int(np.flatnonzero(bad)[0])}"
                 self.findings.note("uninitialised", "a register that nobody wrote", site, example, int(bad.sum()))
 
-    def follow(self, writes: list[int], reads: list[int], mask: np.ndarray, chosen: tuple[Any, ...] | None) -> None:
+    def follow(self, writes: list[int], reads: list[int], mask: np.ndarray, chosen: Any) -> None:
         """Registers are made of others, so that what is not set of those is not of them."""
-        if chosen is not None and len(chosen) == 3 and isinstance(chosen[1], list):
+        if chosen == "pair":
+            bad = np.full(self.lanes.count, bool(reads))
+            for register in reads:
+                bad &= self._unset(register)
+        elif chosen is not None and isinstance(chosen[1], list):
             one, other = (self._any_unset(part) for part in chosen[1:])
             bad = np.where(chosen[0], one, other)
         else:
