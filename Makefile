@@ -2,6 +2,7 @@
 #   PYTHON=python3.12                                               another interpreter (3.10 or newer)
 #   PYTEST_ARGS="-k tree"                                           arguments for pytest
 #   WORKERS=4                                                       how many processes run tests, each on one thread
+#   ARCHS=80,90 TRITON=3.8.0                                        what make ptx compiles for, and with
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -16,12 +17,16 @@ READY := .venv/.ready
 TESTS = -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 # The definition, the reference, operations, layers, states, the step, and the rules of the house.
 CORE := tests/ops tests/layers tests/states tests/kernels tests/packaging tests/bench/test_close.py
-# Triton's interpreter is chosen when Triton is imported, so it takes processes of its own.
+# Triton's interpreter is chosen when Triton is imported, so it takes processes of its own. make test leaves to it
+# what the executor of PTX does not run anyway, which has the same tests on what is compiled for sm_80 and sm_90.
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -m interpret $(TESTS)
+# On the executor of PTX: in make test what touches every kernel, dtype and kind of batch, in make ptx all.
+EXECUTED = $(BIN)/python -m pytest tests/kernels tests/gpu/test_configurations.py -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+ARCHS ?= 75,80,86,89,90,120
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test lint demo bench cuda-build clean
+.PHONY: help setup check test ptx lint demo bench cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -32,9 +37,14 @@ check: lint ## lint, then the core: what the network computes, on the reference,
 	$(BIN)/python -m pytest $(CORE) -m "not slow" $(TESTS)
 	$(INTERPRETED)
 
-test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (4 minutes)
+test: lint ## lint, then every test that this machine can run: the core, builds, trainings, measurements (7 minutes)
 	$(BIN)/python -m pytest $(TESTS)
-	$(INTERPRETED)
+	$(INTERPRETED) -m "interpret and slow"
+	$(EXECUTED) --ptx 80,90 -m "ptx and not slow"
+
+ptx: $(READY) ## every kernel, configuration and planted fault on the PTX for ARCHS, on a CPU; TRITON=3.8.0 for another release
+	@test -z '$(TRITON)' || test -d .triton-$(TRITON) || $(PIP) install --no-deps --target .triton-$(TRITON) triton==$(TRITON)
+	$(if $(TRITON),PYTHONPATH=.triton-$(TRITON)) $(EXECUTED) --ptx $(ARCHS) -m ptx
 
 lint: $(READY) ## ruff, its formatting, and mypy
 	$(BIN)/ruff check
@@ -54,7 +64,7 @@ cuda-build: ## compile the CUDA half for all architectures, without a GPU (about
 	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python -m bench.gpu.cuda_build
 
 clean: ## remove .venv, builds and caches; results in runs/ stay
-	rm -rf .venv .venv-cuda build dist *.egg-info lmn_kernels/_C*.so lmn_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda .triton-* build dist *.egg-info lmn_kernels/_C*.so lmn_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package, whose build looks for it.

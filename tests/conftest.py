@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from tests.support import kernel_place
 from tests.support.allocations import filled
 
 with contextlib.suppress(ImportError):
@@ -19,6 +20,42 @@ with contextlib.suppress(ImportError):
 # For what tests start; their own processes follow `_settled`. Workers of several tests must not fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--ptx",
+        type=lambda text: [int(arch) for arch in text.split(",")],
+        metavar="ARCH[,ARCH]",
+        help="run Triton's kernels on the executor of PTX, compiled for these architectures: 80,90",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--ptx"):
+        from tests.emulated_ptx import driver
+
+        driver.install()
+        kernel_place.EXECUTED = True
+
+
+def pytest_generate_tests(metafunc):
+    archs = metafunc.config.getoption("--ptx")
+    if archs and any(mark.name == "ptx" for mark in metafunc.definition.iter_markers()):
+        metafunc.parametrize("_executed", archs, ids=[f"sm_{arch}" for arch in archs], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _executed(request):
+    """Kernels compile for the architecture and run on the executor of PTX, which yields it; None without."""
+    arch = getattr(request, "param", None)
+    if arch is None:
+        yield None
+    else:
+        from tests.emulated_ptx import driver
+
+        with driver.running(arch) as device:
+            yield device
 
 
 @pytest.fixture(autouse=True)

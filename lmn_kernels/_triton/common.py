@@ -37,9 +37,9 @@ def products_of(tensor: torch.Tensor) -> Products:
     Below sm_80, where Triton has no tensor-core products, operands are float32; and so is bfloat16 in the
     interpreter, whose own arithmetic in it is wrong without a word. The tests there cover that path.
     """
-    if tensor.is_cuda:
-        return products_on(target(tensor.device).arch, tensor.dtype)
-    return _products(torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype)
+    if INTERPRETED:
+        return _products(torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype)
+    return products_on(target(tensor.device).arch, tensor.dtype)
 
 
 def products_on(arch: int, dtype: torch.dtype) -> Products:

@@ -31,12 +31,6 @@ _TREE_BLOCK_16_BITS: Rows = {
     64: dict(BM=32, BN=64, BK=64, SPAN=6, LEVELS=6, num_warps=4, num_stages=2, maxnreg=192),
     128: dict(BM=64, BN=128, BK=64, SPAN=7, LEVELS=4, num_warps=8, num_stages=2),
 }
-_LOOK_AHEAD_16_BITS: Rows = {
-    16: dict(BT=32, num_warps=4, num_stages=2),
-    32: dict(BT=32, num_warps=4, num_stages=2),
-    64: dict(BT=32, num_warps=4, num_stages=2),
-    128: dict(BT=16, num_warps=4, num_stages=2),
-}
 _16_BITS: dict[str, Rows] = {
     "attend_fwd": {
         16: dict(BT=64, BK=64, num_warps=4, num_stages=2),
@@ -46,26 +40,36 @@ _16_BITS: dict[str, Rows] = {
         256: dict(BT=64, BK=32, num_warps=8, num_stages=1),
     },
     "attend_bwd": {
-        16: dict(BT=64, BK=32, num_warps=4, num_stages=2),
-        32: dict(BT=64, BK=32, num_warps=8, num_stages=2),
-        64: dict(BT=64, BK=32, num_warps=8, num_stages=2),
+        16: dict(BT=64, BK=32, num_warps=2, num_stages=2, maxnreg=255),
+        32: dict(BT=64, BK=32, num_warps=2, num_stages=2),
+        64: dict(BT=64, BK=32, num_warps=4, num_stages=2),
         128: dict(BT=64, BK=32, num_warps=8, num_stages=1),
         256: dict(BT=32, BK=16, num_warps=8, num_stages=1),
     },
     "look_ahead_fwd": {
-        16: dict(BT=64, num_warps=8, num_stages=2),
+        16: dict(BT=64, num_warps=4, num_stages=2),
         32: dict(BT=64, num_warps=8, num_stages=2),
         64: dict(BT=32, num_warps=4, num_stages=2),
         128: dict(BT=16, num_warps=4, num_stages=2),
     },
-    "look_ahead_bwd_dq": _LOOK_AHEAD_16_BITS,
-    "look_ahead_bwd_dkv": {
-        16: dict(BT=32, num_warps=4, num_stages=2),
+    "look_ahead_bwd_dq": {
+        16: dict(BT=32, num_warps=2, num_stages=2),
         32: dict(BT=32, num_warps=4, num_stages=2),
-        64: dict(BT=32, num_warps=8, num_stages=2),
+        64: dict(BT=32, num_warps=4, num_stages=2),
+        128: dict(BT=16, num_warps=4, num_stages=2),
+    },
+    "look_ahead_bwd_dkv": {
+        16: dict(BT=32, num_warps=2, num_stages=2),
+        32: dict(BT=32, num_warps=2, num_stages=2),
+        64: dict(BT=32, num_warps=4, num_stages=2, maxnreg=255),
         128: dict(BT=32, num_warps=8, num_stages=2),
     },
-    "look_ahead_bwd_dtable": _LOOK_AHEAD_16_BITS,
+    "look_ahead_bwd_dtable": {
+        16: dict(BT=32, num_warps=2, num_stages=2),
+        32: dict(BT=32, num_warps=2, num_stages=2),
+        64: dict(BT=32, num_warps=4, num_stages=2),
+        128: dict(BT=16, num_warps=2, num_stages=2),
+    },
     "tree_level_fwd": _TREE_LEVEL_16_BITS,
     "tree_level_bwd": _TREE_LEVEL_16_BITS,
     "tree_tail_fwd": _TREE_TAIL_16_BITS,

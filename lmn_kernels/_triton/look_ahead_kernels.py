@@ -202,7 +202,9 @@ def look_ahead_bwd_kernel_dq(
     b_qu, b_qv = b_qu.to(DOT), b_qv.to(DOT)
     base_q = i_b * Q * H * D + i_h * D
     b_do = _load(d_out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD)
-    b_mean = tl.sum(b_do.to(tl.float32) * _load(out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32), 1)
+    b_out = _load(out + base_q, i0 - (K - Q), m_i, H * D, D, BT, BD).to(tl.float32)
+    # The choice keeps products out of the sum's first addition, which lanes that store one mean would round apart.
+    b_mean = tl.sum(tl.where(m_i[:, None], b_do.to(tl.float32) * b_out, 0.0), 1)
     b_mean -= tl.load(d_lse + o_row, mask=m_i, other=0.0)
     tl.store(mean + o_row, b_mean, mask=m_i)
     b_lse = tl.load(lse + o_row, mask=m_i, other=0.0) * LOG2_E
@@ -233,12 +235,12 @@ def look_ahead_bwd_kernel_dq(
         b_dqv += tl.dot((b_left + b_dlow).to(DOT), b_r, input_precision=PRECISION)
         b_left, b_r = b_dhigh, b_next
     b_dqv += tl.dot(b_left.to(DOT), b_r, input_precision=PRECISION)
-    b_dqu, b_dqv = b_dqu * scale, b_dqv * scale
-    _store(dq + base_q, i0 - (K - Q), m_i, H * D, b_dqu + b_dqv, D, BT, BD)
+    _store(dq + base_q, i0 - (K - Q), m_i, H * D, (b_dqu + b_dqv) * scale, D, BT, BD)
     o_d = tl.arange(0, BD)
     p_dbias = d_bias + ((i_p * B + i_b) * 2 * H + i_h) * D + o_d
-    tl.store(p_dbias, tl.sum(b_dqu, 0), mask=o_d < D)
-    tl.store(p_dbias + H * D, tl.sum(b_dqv, 0), mask=o_d < D)
+    # Scaled behind the sum, for the same reason as the mean.
+    tl.store(p_dbias, tl.sum(b_dqu, 0) * scale, mask=o_d < D)
+    tl.store(p_dbias + H * D, tl.sum(b_dqv, 0) * scale, mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -6,7 +6,6 @@ own launchers are called: nothing else can serve.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,13 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.support import kernel_place
+
+kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close, assert_same_gradients, error  # noqa: E402
 from lmn_kernels._triton import attention, tree  # noqa: E402
@@ -32,7 +27,9 @@ from python_ref.layout import Layout, stack_height  # noqa: E402
 from tests.support.operands import cast, layout_of, merge_of, sequences_of  # noqa: E402
 from tests.support.places import DTYPES, Place, everywhere, short  # noqa: E402
 
-pytestmark = [pytest.mark.interpret] if INTERPRETED else []
+# Off a GPU where all is asked for: on the executor all configurations, in the interpreter a few.
+HERE = kernel_place.INTERPRETED or kernel_place.EXECUTED
+pytestmark = [kernel_place.mark(), pytest.mark.slow] if HERE else []
 
 
 class AttendCase(NamedTuple):
@@ -48,7 +45,8 @@ def attend_cases(place: Place) -> list[AttendCase]:
     for dtype in DTYPES:
         widths = {*LAUNCHES.widths("attend_fwd", dtype), *LAUNCHES.widths("attend_bwd", dtype)}
         found += [AttendCase(dtype, width) for width in sorted(widths)]
-    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if place.quick else found
+    few = place.quick and not kernel_place.EXECUTED
+    return [c for c in found if c.width == 16 and c.dtype != torch.bfloat16] if few else found
 
 
 def check_attend(given: AttendCase, length: int, device: torch.device) -> Iterator[tuple[str, float]]:
@@ -126,7 +124,8 @@ def tree_cases(place: Place) -> list[TreeCase]:
     for dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "separable", "expander"):
             found += [TreeCase("tail", dtype, 64, "padded", kind), TreeCase("block", dtype, 64, "odd", kind)]
-    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if place.quick else found
+    few = place.quick and not kernel_place.EXECUTED
+    return [c for c in found if c.size == 16 and c.dtype == torch.float32] if few else found
 
 
 def real_rows(layout: Layout) -> Tensor:

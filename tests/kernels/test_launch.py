@@ -35,11 +35,11 @@ def values(found: Launch) -> dict[str, int]:
 KNOWN = [
     ("attend_fwd", 16, HALF, {"BT": 64, "BK": 64, "num_warps": 4, "num_stages": 2}),
     ("attend_fwd", 80, BRAIN, {"BT": 64, "BK": 64, "num_warps": 8, "num_stages": 1}),
-    ("attend_bwd", 64, HALF, {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 2}),
+    ("attend_bwd", 64, HALF, {"BT": 64, "BK": 32, "num_warps": 4, "num_stages": 2}),
     ("attend_bwd", 256, HALF, {"BT": 32, "BK": 16, "num_warps": 8, "num_stages": 1}),
     ("attend_bwd", 128, SINGLE, {"BT": 32, "BK": 16, "num_warps": 8, "num_stages": 2}),
     ("attend_bwd_reduce", 4096, SINGLE, {"BR": 32, "BC": 128, "num_warps": 4, "num_stages": 3}),
-    ("look_ahead_fwd", 1, HALF, {"BT": 64, "num_warps": 8, "num_stages": 2}),
+    ("look_ahead_fwd", 1, HALF, {"BT": 64, "num_warps": 4, "num_stages": 2}),
     ("look_ahead_bwd_dkv", 128, BRAIN, {"BT": 32, "num_warps": 8, "num_stages": 2}),
     ("look_ahead_bwd_dq", 41, SINGLE, {"BT": 16, "num_warps": 8, "num_stages": 1}),
     ("tree_level_fwd", 64, SINGLE, {"BM": 32, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 224}),
@@ -74,7 +74,7 @@ def test_the_defaults_change_knowingly():
         for arch in ARCHS[dtype != SINGLE :]
     ]
     assert len(lines) == 1258
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "e1e13160a74845f8"
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "05b8e8771138beae"
 
 
 def test_what_is_wider_takes_the_next_launch_listed():

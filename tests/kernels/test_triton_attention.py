@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+from tests.support import kernel_place
+
+DEVICE = kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close  # noqa: E402
 from lmn_kernels import Sequences  # noqa: E402
@@ -24,7 +18,7 @@ from python_ref import attention as reference  # noqa: E402
 from python_ref.layout import Layout, level_count  # noqa: E402
 from tests.support.launches import every_launch  # noqa: E402
 
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = kernel_place.mark()
 
 
 def continued(sequences: Sequences, positions: list[int]) -> Sequences:
@@ -73,8 +67,18 @@ def test_forward_and_backward_in_float32(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["shared nodes", "heads of 80", "packed", "continued", "expander"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+HALVES = (torch.float16, torch.bfloat16)
+IN_HALVES = ["shared nodes", "heads of 80", "packed", "continued", "expander"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, dtype) for case in IN_HALVES for dtype in HALVES),
+        *kernel_place.in_other_dtypes((case, dtype) for case in CASES for dtype in HALVES if case not in IN_HALVES),
+    ],
+    ids=str,
+)
 def test_forward_and_backward_in_16_bits(case, dtype):
     check(case, dtype)
 
@@ -95,6 +99,7 @@ def check(case, dtype):
         assert_close(name, g.double(), w, gradients)
 
 
+@pytest.mark.slow
 def test_every_configuration_gives_the_same():
     token_qkv, node_qv, grad, heads, layout = inputs("shared nodes", torch.float32)
     expected, lse = reference.attend(token_qkv, node_qv, heads, layout)

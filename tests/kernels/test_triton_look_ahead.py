@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+from tests.support import kernel_place
+
+DEVICE = kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close  # noqa: E402
 from lmn_kernels._triton import look_ahead as kernels  # noqa: E402
 from python_ref import look_ahead as reference  # noqa: E402
 from tests.support.launches import every_launch  # noqa: E402
 
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = kernel_place.mark()
 
 # Batch, T, M, W, heads, head size, whether the memory looks ahead, goes on, has a table of its own, and starts late.
 CASES = {
@@ -70,15 +63,24 @@ def test_forward_and_backward_in_float32(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["edges", "own table", "late starts", "heads of 41"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+HALVES = (torch.float16, torch.bfloat16)
+# Of the widest heads in float16 alone: in bfloat16 the interpreter multiplies in float32.
+IN_HALVES = [(case, dtype) for case in ("edges", "own table", "late starts", "heads of 41") for dtype in HALVES]
+IN_HALVES.append(("heads of 128", torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *IN_HALVES,
+        *kernel_place.in_other_dtypes(
+            (case, dtype) for case in CASES for dtype in HALVES if (case, dtype) not in IN_HALVES
+        ),
+    ],
+    ids=str,
+)
 def test_forward_and_backward_in_16_bits(case, dtype):
     check(case, dtype)
-
-
-def test_the_widest_heads():
-    # In bfloat16 the interpreter multiplies in float32.
-    check("heads of 128", torch.float16)
 
 
 def check(case, dtype):
@@ -97,6 +99,7 @@ def check(case, dtype):
         assert_close(f"gradient of {name}", g.double(), w, gradients)
 
 
+@pytest.mark.slow
 def test_every_configuration_gives_the_same():
     operands, seeds, reach, grads = inputs("own table", torch.float32)
     expected, lse = reference.attend(*operands, *seeds, *reach)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own (make test runs one)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton", reason="triton is not installed")
+from tests.support import kernel_place
+
+DEVICE = kernel_place.device()
 
 from bench.close import TOLERANCE, assert_close, error  # noqa: E402
 from lmn_kernels._triton import tree, tree_compile  # noqa: E402
@@ -24,9 +19,8 @@ from python_ref.layout import Layout  # noqa: E402
 from python_ref.sequences import Sequences  # noqa: E402
 from tests.support.launches import every_launch  # noqa: E402
 
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = kernel_place.mark()
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 EDGES = (0, *range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 GRADIENTS = ("grad_x", "grad_weight", "grad_bias", "grad_scale", "grad_token", "grad_carried")
@@ -195,7 +189,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+IN_OTHER_DTYPES = [
+    (replace(case, name=f"{case}_in_{str(dtype)[6:]}", dtype=dtype),)
+    for case in CASES
+    for dtype in (SINGLE, HALF, BRAIN)
+    if dtype != case.dtype
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *kernel_place.in_other_dtypes(IN_OTHER_DTYPES)], ids=str)
 def test_values_and_gradients(case, monkeypatch):
     if case.small_tail:
         monkeypatch.setattr(tree, "TAIL_ELEMENTS", 0)

@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lmn_kernels.backend import choice  # noqa: E402
 from tests.ops.test_trips import trips  # noqa: E402
 
-pytestmark = pytest.mark.interpret
+# What no executor shows, so that make test runs it in the interpreter too.
+pytestmark = [pytest.mark.interpret, pytest.mark.slow]
 
 
 def test_the_kernels(monkeypatch):
