@@ -78,10 +78,10 @@ def projected(layer: MixingParts, stream: MemoryState) -> MemoryState:
 
 def attend_memory(layer: MixingParts, memory: Tensor, positions: Tensor | None) -> Tensor:
     """Attention over a memory tensor ``[B, L, S, E]``; see `LogarithmicMixing.attention`."""
+    if positions is None and memory.shape[1:2] == (1,):
+        return _attend(layer, memory)  # which looks at the shape itself
     check_shape("memory", memory, (None, None, None, layer.embedding), "[batch, length, slots, embedding]")
     length, count = memory.shape[1:3]
-    if positions is None and length == 1:
-        return _attend(layer, memory)
     if positions is None:
         positions = torch.arange(1, length + 1, device=memory.device)
     level, levels = [0], 0

@@ -121,7 +121,8 @@ class SingleVectorAttention(nn.Module):
         Returns:
             ``[B, L, E]``.
         """
-        check_local("memory", memory, "give memory.to_local()")
+        if type(memory) is not Tensor:
+            check_local("memory", memory, "give memory.to_local()")
         check_float("memory", memory)
         check_shape("memory", memory, (None, None, None, self.embedding), "[batch, length, slots, embedding]")
         places, modules = memory.shape[:2], self._modules
@@ -131,7 +132,10 @@ class SingleVectorAttention(nn.Module):
         if valid is not None:
             valid = valid.expand(*places, -1).flatten(0, 1)
         heads = self.own_heads(self.heads, q.shape[-1])
-        return self.project_out(attend_slots(k, q, v, valid, heads).unflatten(0, places))
+        mixed = attend_slots(k, q, v, valid, heads).unflatten(0, places)
+        out: Any = modules["out_proj"]
+        # For the price of a call of a module.
+        return F.linear(mixed, out.weight, out.bias) if is_plain_linear(out) else self.project_out(mixed)
 
 
 def _through(part: Any, x: Tensor) -> Tensor:
@@ -144,6 +148,7 @@ def _check_parts(parts: Sequence[Tensor], names: Sequence[str]) -> None:
     """Whether what projections returned, q first, are plain tensors of one width."""
     width = parts[0].shape[-1]
     for name, part in zip(names, parts, strict=True):
-        check_local(f"sva.{name}", part)
+        if type(part) is not Tensor:
+            check_local(f"sva.{name}", part)
         if part.shape[-1] != width:
             raise ValueError(f"sva.{name}: expected {width} features, as many as of sva.q, got {part.shape[-1]}")
