@@ -131,12 +131,13 @@ class StepPlan:
 
 
 def belong(x_t: Tensor, slots: Slots, bank: int, size: int) -> bool:
-    """Whether a token and a state have a layer's shapes, and lie on one device."""
+    """Whether a token and a state have a layer's shapes and kinds of dtype, and lie on one device."""
     position, token, nodes, q, v = slots
     shape, tokens = (*position.shape, *nodes.shape[1:2], bank, size), (*position.shape, size)
     same = shape == nodes.shape == q.shape == v.shape and tokens == token.shape
     mine = x_t.shape == (*position.shape, 1, size) and x_t.device == nodes.device
-    return same and mine and position.dtype == torch.int64
+    kinds = position.dtype == torch.int64 and all(part.is_floating_point() for part in (token, nodes, q, v))
+    return same and mine and kinds
 
 
 class Interpreted:

@@ -331,6 +331,20 @@ def test_a_plan_of_the_reference_steps_as_the_layer_is_now(change):
     assert_close(change, y, expected.detach(), TOLERANCE[torch.float32][0])
 
 
+@pytest.mark.parametrize("name", ["token", "nodes", "q", "v"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_state_of_integers_is_refused_behind_a_plan_as_before_one(backend, name):
+    layer, x = LogarithmicMemory(16, 2, 2, step_backend=backend), torch.randn(2, 1, 16)
+    with torch.no_grad():
+        _, state = layer.prefill(torch.randn(2, 5, 16))
+        rounded = state.replace(**{name: getattr(state, name).long()})
+        for _ in range(2):
+            with pytest.raises(TypeError, match=f"^state.{name}: expected a floating dtype"):
+                layer.step(x, rounded)
+            _, state = layer.step(x, state)
+        assert layer.__dict__["_plan"].serves(layer, x, state)
+
+
 def test_rows_that_stand_together_step_as_rows_that_do_not():
     """The same rows among others that stand elsewhere, for which levels and slots are told apart by masks."""
     layer = LogarithmicMixing(12, 3, 2, expand=1, init="variance_preserving", dtype=torch.float64)
