@@ -197,6 +197,17 @@ def test_a_step_beyond_the_room_is_an_error_or_not_a_number(case, backend):
     assert_close("eager", y[:1], layer(x[:1])[:, 15:16], VALUE)
 
 
+def test_a_pool_off_a_cpu_may_be_as_far_as_its_room_behind_a_compiled_step(monkeypatch):
+    """Where positions are not read, the bound must hold for them, and the graph counts for nobody."""
+    layer = made("mixing")
+    pool = layer.init_state(2, max_position=63)
+    run, _ = compiled(layer.step_)
+    run(torch.randn(2, 1, 16), pool)
+    assert pool.max_position == 1
+    monkeypatch.setattr("lmn_kernels.states.memory.concrete", lambda _: False)
+    assert pool.max_position == pool.capacity == 63
+
+
 @torch.no_grad()
 def test_a_pool_of_called_modules_keeps_rows_without_room():
     layer, x = made("mixing"), torch.randn(2, 20, 16)

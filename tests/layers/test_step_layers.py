@@ -331,6 +331,20 @@ def test_a_plan_of_the_reference_steps_as_the_layer_is_now(change):
     assert_close(change, y, expected.detach(), TOLERANCE[torch.float32][0])
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_plan_makes_room_where_others_have_advanced_the_tensors(backend):
+    layer, x = LogarithmicMixing(16, 2, 2, init="variance_preserving", step_backend=backend), torch.randn(2, 4, 16)
+    with torch.no_grad():
+        layer.step(x[:, :1], layer.init_state(2))
+        state = layer.init_state(2, max_position=3)
+        twin = torch.utils._pytree.tree_map(lambda tensor: tensor, state)
+        layer.step_(x[:, :3], twin)
+        assert layer.__dict__["_plan"].serves(layer, x[:, 3:], state), "which stands at 3 of 3"
+        y, after = layer.step(x[:, 3:], state)
+    assert_close("y", y, layer(x)[:, 3:].detach(), TOLERANCE[torch.float32][0])
+    assert after.position.tolist() == [4, 4] and after.levels == 2
+
+
 @pytest.mark.parametrize("name", ["token", "nodes", "q", "v"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_state_of_integers_is_refused_behind_a_plan_as_before_one(backend, name):
