@@ -345,6 +345,17 @@ def test_a_plan_makes_room_where_others_have_advanced_the_tensors(backend):
     assert after.position.tolist() == [4, 4] and after.levels == 2
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_state_of_another_expander_with_as_many_rows_is_refused_behind_a_plan(backend):
+    layer, x = LogarithmicMixing(16, 2, 2, step_backend=backend), torch.randn(2, 1, 16)
+    other = LogarithmicMixing(16, 2, 2, expand=1).init_state(2, max_position=7)
+    with torch.no_grad():
+        _, state = layer.step(x, layer.init_state(2, max_position=63))
+        assert other.nodes.shape == state.nodes.shape and layer.__dict__["_plan"].serves(layer, x, state)
+        with pytest.raises(ValueError, match="^state: expected one with expand=0, got 1"):
+            layer.step(x, other)
+
+
 @pytest.mark.parametrize("name", ["token", "nodes", "q", "v"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_state_of_integers_is_refused_behind_a_plan_as_before_one(backend, name):
