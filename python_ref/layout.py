@@ -50,6 +50,19 @@ def state_rows(levels: int, expand: int) -> int:
     return levels + expand * (levels * (levels + 1) // 2)
 
 
+def levels_in(rows: int, expand: int) -> int:
+    """The way back from `state_rows`."""
+    levels = 0
+    while state_rows(levels, expand) < rows:
+        levels += 1
+    return levels
+
+
+def last_position(levels: int) -> int:
+    """The last position of which a state of so many levels can hold the memory."""
+    return (2 << levels) - 1
+
+
 def node_rows(sequences: Sequences, expand: int) -> int:
     """Rows of a node matrix: a bound that needs neither tables nor levels, so that it can be traced.
 

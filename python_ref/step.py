@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .around import Around
 from .checks import concrete
-from .layout import constant, level_count, stack_height, state_rows
+from .layout import constant, last_position, level_count, levels_in, stack_height, state_rows
 from .tree import LinearMerge, expand_stack, merge_stacks
 
 Merge = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +50,7 @@ def check_room(position: Tensor, tokens: int, levels: int) -> None:
 
 
 def _check_last(last: int, levels: int) -> None:
-    if last > (capacity := (2 << levels) - 1):
+    if last > (capacity := last_position(levels)):
         raise RuntimeError(
             f"state: exhausted: expected positions of at most {capacity}, got {last}; state.with_room(n) makes more"
         )
@@ -342,7 +342,7 @@ def each_token_(
         old = Slots(*(part.index_select(0, slot) for part in state))
         y_t, new = take(x[:, t].index_select(0, active), old)
         if not known:
-            full = old.position >= (2 << levels) - 1
+            full = old.position >= last_position(levels)
             pairs = zip(old, new, strict=True)
             new = Slots(*(torch.where(full.view(-1, *[1] * (a.dim() - 1)), a, b.to(a.dtype)) for a, b in pairs))
             y_t = y_t.masked_fill(full[:, None], math.nan)
@@ -360,8 +360,6 @@ def run_(x: Tensor, slots: Tensor | None, state: Slots, weights: StepWeights, at
         slots: ``[B]`` the slot of each row, -1 for none; None for the row's own number.
         attends: whether the output is wanted; zeros where it is not.
     """
-    levels = 0
-    while state_rows(levels, weights.expand) < state.nodes.shape[1]:
-        levels += 1
+    levels = levels_in(state.nodes.shape[1], weights.expand)
     step = TokenStep(weights, state.nodes.shape[2])
     return each_token_(x, slots, state, levels, lambda given, old: step(given, old, levels, attends))

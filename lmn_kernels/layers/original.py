@@ -17,7 +17,7 @@ from ..states.memory import MemoryState
 from .parallel import pick, tree_of
 from .parameters import survey
 from .parts import MixingParts, check_input, fit, node_qv_of
-from .sequential import advance, plan_of
+from .sequential import advance, prepare
 
 
 def stacks(layer: MixingParts, stream: MemoryState) -> list[Tensor]:
@@ -65,7 +65,7 @@ def _take(layer: MixingParts, x_t: Tensor, stream: MemoryState | None) -> Memory
     check_shape("x_t", x_t, (None, 1, layer.embedding), "[batch, 1, embedding]")
     stream = layer.init_state(x_t.shape[0]) if stream is None else stream
     stream = fit(layer, stream, x_t.shape[0], 1, x_t.device, road)
-    plan_of(layer, x_t, stream, road)
+    prepare(layer, x_t, stream, road)
     return advance(layer, x_t[:, 0], stream, road, projects=False)[0]
 
 

@@ -32,16 +32,7 @@ def step(layer: MixingParts, x_t: Tensor, state: MemoryState, obliged: bool = Tr
         check_tensor("x_t", x_t)
         road = survey(layer)
         if served_by(layer, x_t, state, road, obliged) == "reference":
-            state = _check_step(layer, x_t, state, road)
-            plain = plain_weights(layer, x_t, road)
-            if plain is None:
-                return _by_reference(layer, x_t, state, road)
-            if unserved(layer, x_t):
-                make_plan(layer, plain, "reference")
-            y, slots = reference.TokenStep(plain, layer.bank)(x_t[:, 0], state.slots(), state.levels)
-            after = state.advanced(slots)
-            check_recomputation(state, after)
-            return after.spoil(y[:, None])
+            return _by_reference(layer, x_t, _check_step(layer, x_t, state, road), road)
         weights, whole = weights_of(layer, road)
         plan = make_plan(layer, weights, "cpp") if whole else None
         if plan is None or not plan.serves(layer, x_t, state):
@@ -66,8 +57,7 @@ def step_(layer: MixingParts, x: Tensor, state: MemoryState, slots: Tensor | Non
     plan: StepPlan | None = None if is_compiling() else layer.__dict__.get("_plan")
     with torch.no_grad():
         debugged = isinstance(x, Tensor) and x.is_cuda and env.debug()
-        usable = plan is not None and plan.in_place and not debugged
-        if usable and plan is not None and plan.serves(layer, x, state):
+        if plan is not None and plan.in_place and not debugged and plan.serves(layer, x, state):
             return plan.step_(x, state, slots)
         road = survey(layer)
         check_input(layer, x, road.weight)
@@ -196,9 +186,9 @@ def _check_step(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road)
     return fit(layer, state, x_t.shape[0], 1, x_t.device, road)
 
 
-def unserved(layer: MixingParts, x_t: Tensor) -> bool:
-    """Whether nothing but the reference would serve a step of such tokens on a CPU, whatever surrounds it, now that no
-    gradients are recorded."""
+def serves_alone(layer: MixingParts, x_t: Tensor) -> bool:
+    """Whether the reference serves such tokens on a CPU whatever state they meet, so that a plan of it is in nobody's
+    way."""
     if torch.is_grad_enabled() or transformed() or not concrete(x_t):
         return False
     asked = choice.wanted(layer.step_backend, "step")
@@ -206,12 +196,12 @@ def unserved(layer: MixingParts, x_t: Tensor) -> bool:
     return chosen == "reference" or (asked == "auto" and reason is not None)
 
 
-def plan_of(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> None:
-    """Make a plan for tokens that are not stepped with."""
+def prepare(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> None:
+    """Make a plan for tokens like these, which are not stepped with now."""
     weights = None if torch.is_grad_enabled() else plain_weights(layer, x_t, road)
     if weights is None:
         return
-    if unserved(layer, x_t):
+    if serves_alone(layer, x_t):
         make_plan(layer, weights, "reference")
     elif served_by(layer, x_t, state, road, obliged=False) == "cpp":
         make_plan(layer, weights, "cpp")
@@ -228,6 +218,18 @@ def plain_weights(layer: MixingParts, x_t: Tensor, road: Road) -> StepWeights | 
 
 
 def _by_reference(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> tuple[Tensor, MemoryState]:
+    weights = plain_weights(layer, x_t, road)
+    if weights is None:
+        return _by_modules(layer, x_t, state, road)
+    if serves_alone(layer, x_t):
+        make_plan(layer, weights, "reference")
+    y, slots = reference.TokenStep(weights, layer.bank)(x_t[:, 0], state.slots(), state.levels)
+    after = state.advanced(slots)
+    check_recomputation(state, after)
+    return after.spoil(y[:, None])
+
+
+def _by_modules(layer: MixingParts, x_t: Tensor, state: MemoryState, road: Road) -> tuple[Tensor, MemoryState]:
     around = layer.around()
     before = around.before(x_t)
     if type(before) is not Tensor:
@@ -257,7 +259,7 @@ def _pool_by_modules(layer: MixingParts, x: Tensor, state: MemoryState, slots: T
     check_rows(x, state, slots)
 
     def take(given: Tensor, old: Slots) -> tuple[Tensor, Slots]:
-        y_t, new = _by_reference(layer, given[:, None], state.advanced(old, 0), road)
+        y_t, new = _by_modules(layer, given[:, None], state.advanced(old, 0), road)
         return y_t[:, 0], new.slots()
 
     y = reference.each_token_(x, slots, state.slots(), state.levels, take)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
-from python_ref.layout import state_rows
+from python_ref.layout import levels_in
 from python_ref.step import Slots, StepWeights, TokenStep
 
 from ..backend.transforms import autocasts, transformed
@@ -177,10 +177,8 @@ class Interpreted:
         )
 
     def step(self, x: Tensor, position: Tensor, token: Tensor, nodes: Tensor, q: Tensor, v: Tensor) -> tuple[Any, ...]:
-        slots, levels = Slots(position, token, nodes, q, v), 0
+        slots = Slots(position, token, nodes, q, v)
         if not belong(x, slots, *self.shape):
             raise ValueError("x_t, state: expected those of the layer")  # which has words for what is wrong
-        while state_rows(levels, self.step_of.expand) < nodes.shape[1]:
-            levels += 1
-        y, slots = self.step_of(x[:, 0], slots, levels)
+        y, slots = self.step_of(x[:, 0], slots, levels_in(nodes.shape[1], self.step_of.expand))
         return (y[:, None], *slots)

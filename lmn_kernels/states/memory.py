@@ -19,7 +19,7 @@ from python_ref.checks import (
     check_tensor,
     concrete,
 )
-from python_ref.layout import level_count, state_rows
+from python_ref.layout import last_position, level_count, state_rows
 from python_ref.step import Slots, valid_rows
 
 from .base import Place, State, check_states, register
@@ -131,7 +131,7 @@ class MemoryState(State):
     @property
     def capacity(self) -> int:
         """The last position that there is room for."""
-        return min((2 << self.levels) - 1, MAX_POSITION)
+        return min(last_position(self.levels), MAX_POSITION)
 
     def valid(self) -> Tensor:
         """``[B, R]``: whether a row of ``nodes`` holds a node, that is 2^i ≤ position."""
@@ -165,7 +165,7 @@ class MemoryState(State):
         found = check_states(states, MemoryState, _kind)
         deep = max(state.levels for state in found)
         last = max(state.max_position for state in found)
-        roomy = [state.with_room((1 << (deep + 1)) - 1).slots() for state in found]
+        roomy = [state.with_room(last_position(deep)).slots() for state in found]
         return MemoryState(*Slots(*map(torch.cat, zip(*roomy, strict=True))), found[0].expand, deep, last)
 
     def reset(self, rows: Tensor | None = None) -> MemoryState:
@@ -222,7 +222,7 @@ class MemoryState(State):
         if snapshot.expand != self.expand:
             raise ValueError(f"snapshot: expected expand={self.expand}, got {snapshot.expand}")
         if snapshot.levels < self.levels:
-            snapshot = snapshot.with_room((1 << (self.levels + 1)) - 1)
+            snapshot = snapshot.with_room(last_position(self.levels))
         elif snapshot.levels > self.levels:
             snapshot = snapshot._narrowed(self.levels)
         count = self.batch_size
@@ -302,7 +302,7 @@ class MemoryState(State):
 
     def _narrowed(self, levels: int) -> MemoryState:
         """The same memory with room for ``levels`` levels alone, which must be all that it holds."""
-        last, capacity = self.max_position, (2 << levels) - 1
+        last, capacity = self.max_position, last_position(levels)
         if last > capacity:
             # An upper bound only, where the positions lie on a device: they are read before anything is refused.
             last = _greatest(self.position)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.close import TOLERANCE, error
 from lmn_kernels import LogarithmicMemory, LogarithmicMixing, MemoryState, load_states, save_states
+from lmn_kernels.backend.choice import why_not
 from python_ref.definition import BitmaskMemory, attention
 from tests.support.variants import definition_of
 
@@ -77,6 +78,7 @@ class Calls:
         self.step = lambda x, state: layer.step(x, state)
         self.step_ = lambda x, state, slots: layer.step_(x, state, slots)
         # The graphs are made by tracing; what would compile them further takes nothing that the trace did not see.
+        self.traced: set[str] = set()  # which were called so
         self.compiled = {
             name: torch.compile(getattr(self, name), backend="eager") for name in ("chunk", "step", "step_")
         }
@@ -120,6 +122,7 @@ class Run:
         if not compiled:
             return getattr(self.calls, name)(x, self.state, *more)
         self.state = self.state.with_room(ROOM)
+        self.calls.traced.add(name)
         return self.calls.compiled[name](x, self.state, *more)
 
     # Each call that a sequence is made of.
@@ -239,3 +242,21 @@ def test_no_sequence_of_calls_gives_a_wrong_number(name, dtype, sequence, record
             getattr(run, kind)(random.Random(seed))
             assert run.state.position.tolist() == run.rows.position(), run.done
             assert run.state.max_position >= max(run.rows.position(), default=0), run.done
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_who_serves_these_calls(name, dtype):
+    """Calls of the same seeds are compiled ones, too; steps without gradients are the extension's where it is built."""
+    calls = calls_of(name, dtype)
+    run = Run(calls, calls.layer.init_state(2, max_position=ROOM), Rows.fresh(calls.exact, 2))
+    with torch.no_grad():
+        for seed in range(8):
+            for kind in ("chunk", "step", "step_"):
+                getattr(run, kind)(random.Random(seed))
+        assert calls.traced == {"chunk", "step", "step_"}
+        x = torch.randn(2, 1, 4, dtype=dtype)
+        calls.layer.step(x, run.state)
+        assert calls.layer.__dict__["_plan"].serves(calls.layer, x, run.state)
+    served = "reference" if why_not("cpp", "step", torch.device("cpu"), dtype) else "cpp"
+    assert calls.layer.__dict__["_plan"].in_place == (served == "cpp")
