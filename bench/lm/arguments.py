@@ -38,4 +38,4 @@ def seed_of_numpy(text: str) -> int:
 
 
 # Backends of a model's layers; its steps choose for themselves.
-backend = one_of("auto", "reference", "triton")
+backend = one_of("auto", "reference", "triton", "cpp")

@@ -145,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: among all")
     parser.add_argument("--seed", type=arguments.seed, default=1)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--backend", type=arguments.backend, default="auto", help="auto (default), reference or triton")
+    parser.add_argument(
+        "--backend", type=arguments.backend, default="auto", help="auto (default), reference, triton or cpp"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     flags = parser.parse_args(argv)
     try:

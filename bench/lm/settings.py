@@ -245,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     sample("--top-k", type=int, help="draw among the k likeliest; 0: among all")
     machine = result.add_argument_group("machine").add_argument
     machine("--device", help="auto (default), cpu, cuda, cuda:1, mps, ...")
-    machine("--backend", type=arguments.backend, help="auto (default), reference or triton")
+    machine("--backend", type=arguments.backend, help="auto (default), reference, triton or cpp")
     machine("--compile", action="store_true", help="torch.compile the model")
     machine("--threads", type=int, help="CPU threads of each process; 0 leaves torch's choice")
     return result

@@ -15,12 +15,14 @@ from typing import Any, cast
 
 import torch
 
+from bench.contenders import look_ahead
 from bench.contenders.providers import PROBLEMS, REGISTRY
 from bench.errors import InputError, RunError, first_line
 from bench.extras import need
 from bench.measure.runner import Context, Run, execute
 from bench.report import report
 from lmn_kernels import BackendError
+from lmn_kernels.backend.choice import BACKENDS, check_name, why_not
 
 RUNS = (
     "kernels", "decode", "scaling", "crossover", "memory", "paper-table1", "paper-fig9", "paper-fig10", "recall",
@@ -64,7 +66,7 @@ def _general(one: argparse.ArgumentParser) -> None:
     add("--rehearse", action="store_true", help="with the cases of a GPU, tiny, on whatever device there is")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 elsewhere")
-    add("--backend", choices=("reference", "triton"), help="of our own path; default: triton on a GPU")
+    add("--backend", choices=BACKENDS[1:], help="of our own path; default: triton on a GPU, else cpp where built")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--only", nargs="+", metavar="TEXT", help="of the missing cases those whose name holds one of these")
     add("--fresh", action="store_true", help="begin anew where an interrupted run could go on")
@@ -94,7 +96,7 @@ def context(given: argparse.Namespace) -> Context:
     return Context(
         device=device,
         dtype=getattr(torch, dtype),
-        backend=given.backend or ("triton" if on_gpu else "reference"),
+        backend=_backend(given.backend, given.run, device, getattr(torch, dtype)),
         quick=quick,
         results=given.results or (QUICK_RESULTS if quick else RESULTS),
         scratch=scratch / "quick" if quick else scratch,
@@ -102,6 +104,22 @@ def context(given: argparse.Namespace) -> Context:
         rehearsed=given.rehearse,
         commit=given.commit,
     )
+
+
+def _backend(asked: str | None, run: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Of our own path, by name: the one asked for, or what serves it on such a device.
+
+    Raises:
+        InputError: the run's operations have no such backend.
+    """
+    operation = "look_ahead_attend" if run in ("lamemo", "lamemo-training") else "attend"
+    if asked is None:
+        return "triton" if device.type == "cuda" else "reference" if why_not("cpp", operation, device, dtype) else "cpp"
+    try:
+        check_name(asked, "backend", operation)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return asked
 
 
 def _device(name: str) -> torch.device:
@@ -118,11 +136,11 @@ def _device(name: str) -> torch.device:
 def providers(device: torch.device) -> str:
     """A line for every operation and provider."""
     lines = []
-    dtype, backend = (torch.bfloat16, "triton") if device.type == "cuda" else (torch.float32, "reference")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for operation, found in REGISTRY.items():
         kind = PROBLEMS[operation]
         problem = kind(operation, kind.example, dtype, device, "reference")
-        problem.backend = backend
+        problem.backend = _backend(None, "lamemo" if operation in look_ahead.OPERATIONS else "kernels", device, dtype)
         for name, provider in found.items():
             reason, training = provider.missing(problem), provider.no_training(problem)
             said = reason or (f"forward only: {training}" if training else "here")

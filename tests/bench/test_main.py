@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench.contenders.providers import REGISTRY
 from bench.contenders.shapes import Shape
+from bench.errors import InputError
 from bench.measure.journal import read
 from bench.runs import command as bench
 from bench.runs import kernels, memory, scaling
+from lmn_kernels import why_not
 
 CHEAP = ("ours", "materialised", "sdpa-flash", "LSTM")
 
@@ -97,3 +100,17 @@ def test_quick_rows_stay_apart(small):
     given = bench.parser().parse_args(["kernels", "--quick"])
     assert bench.context(given).results == bench.QUICK_RESULTS != bench.RESULTS
     assert bench.context(bench.parser().parse_args(["kernels"])).results == bench.RESULTS
+
+
+def test_ours_is_what_serves_a_user_and_is_named():
+    """On a CPU the extension where it is built: a reference that is timed in its place would be a slower library."""
+
+    def backend(*line: str) -> str:
+        return bench.context(bench.parser().parse_args([*line, "--device", "cpu"])).backend
+
+    built = why_not("cpp", "attend", "cpu", torch.float32) is None
+    assert backend("kernels") == backend("scaling", "--dtype", "bfloat16") == ("cpp" if built else "reference")
+    assert backend("kernels", "--dtype", "float16") == backend("lamemo") == "reference"
+    assert backend("kernels", "--backend", "reference") == "reference"
+    with pytest.raises(InputError, match="^backend: expected one of auto, reference, triton, got 'cpp'$"):
+        backend("lamemo", "--backend", "cpp")
