@@ -11,7 +11,7 @@ from .emitter import Access
 from .findings import Findings, Site
 from .lanes import Lanes
 from .shadow import NEVER, Shadow
-from .shared import _SIXTEEN, gathered, settle
+from .shared import SIXTEEN, gathered, scattered, settle
 from .values import U
 
 BASE, GUARD = 1 << 40, 4096
@@ -70,7 +70,7 @@ class Arena:
             storage.begin = -(-end // 256) * 256 + storage.alignment
             end = storage.begin + len(storage.data) + GUARD
         self.bytes = np.full(-(-end // 256) * 256, 0xAB, np.uint8)
-        self.views = {width: self.bytes.view(kind) for width, kind in U.items()} | {16: self.bytes.view(_SIXTEEN)}
+        self.views = {width: self.bytes.view(kind) for width, kind in U.items()} | {16: self.bytes.view(SIXTEEN)}
         for storage in self.storages:
             self.bytes[storage.begin : storage.begin + len(storage.data)] = storage.data
         for one in arguments.values():
@@ -174,12 +174,7 @@ class Arena:
             return
         twice = self.shadow.write(self.units(start, access.size), at, self.lanes, access.site)
         self.counts.sectors(access, start, at, "written")
-        differ = np.zeros(len(at), bool)
-        view, index = self.views[access.width], start // access.width
-        for k, value in enumerate(values):
-            view[index + k] = value[at]
-            if twice.any():
-                differ |= view[index + k] != value[at]
+        differ = scattered(self.views, start, at, access, values, twice)
         self.shadow.changes += 1
         if self.unset is not None:
             self.unset[start[:, None] + np.arange(access.size)] = False

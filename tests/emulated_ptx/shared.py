@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .counts import Counts
@@ -11,7 +13,7 @@ from .lanes import Lanes
 from .shadow import NEVER, PENDING, Shadow
 from .values import U
 
-_SIXTEEN = np.dtype(np.complex128)
+SIXTEEN = np.dtype(np.complex128)
 
 
 def gathered(
@@ -30,6 +32,24 @@ def gathered(
     return list(whole)
 
 
+def scattered(
+    views: dict[int, np.ndarray],
+    start: np.ndarray,
+    at: np.ndarray,
+    access: Access,
+    values: Sequence[np.ndarray],
+    twice: np.ndarray,
+) -> np.ndarray:
+    """Writes one value a lane of each word; which lanes ``at`` it find another's where some wrote a place ``twice``."""
+    differ = np.zeros(len(at), bool)
+    view, index = views[access.width], start // access.width
+    for k, value in enumerate(values):
+        view[index + k] = value[at]
+        if twice.any():
+            differ |= view[index + k] != value[at]
+    return differ
+
+
 class Shared:
     """The bytes, and what was done to them.
 
@@ -45,7 +65,7 @@ class Shared:
         self.lanes, self.size, self.unit, self.proxies = lanes, size, unit, proxies
         self.findings, self.counts = findings, counts
         self.bytes = np.full(pitch * lanes.in_batch, 0xCD, np.uint8)
-        self.views = {width: self.bytes.view(kind) for width, kind in U.items()} | {16: self.bytes.view(_SIXTEEN)}
+        self.views = {width: self.bytes.view(kind) for width, kind in U.items()} | {16: self.bytes.view(SIXTEEN)}
         self.shadow = Shadow(len(self.bytes) // unit, "shared", findings)
         # Written by the lanes' own way of access, and not yet fenced for the tensor cores'.
         self.unfenced = np.zeros(len(self.bytes) // unit, bool)
@@ -108,12 +128,7 @@ class Shared:
             return
         twice = self._touch(self.units(start, access.size), at, access.site)
         self.counts.banks(access, start - self.lanes.home[at], at)
-        differ = np.zeros(len(at), bool)
-        view, index = self.views[access.width], start // access.width
-        for k, value in enumerate(values):
-            view[index + k] = value[at]
-            if twice.any():
-                differ |= view[index + k] != value[at]
+        differ = scattered(self.views, start, at, access, values, twice)
         settle(differ, twice, access, self.findings, self.counts, "shared")
 
     def load_matrices(
@@ -152,7 +167,7 @@ class Shared:
         rows = np.ascontiguousarray(words).view(np.uint16).reshape(len(warps), count, 8, 8)
         if transposed:
             rows = rows.transpose(0, 1, 3, 2)
-        self.views[16][start // 16] = np.ascontiguousarray(rows).reshape(-1, 8).view(_SIXTEEN)[:, 0]
+        self.views[16][start // 16] = np.ascontiguousarray(rows).reshape(-1, 8).view(SIXTEEN)[:, 0]
 
     def _rows(
         self, access: Access, address: np.ndarray, offset: int, count: int, mask: np.ndarray

@@ -21,12 +21,17 @@ def _jump(e: Emitter, i: Instruction) -> None:
         e.put(f"M.came_round({e.mask}, {number}, {e.constant(i.site)})")
 
 
-@family("ret", "exit")
-def _leave(e: Emitter, i: Instruction) -> None:
-    e.expect(0)
+def _end_block(e: Emitter) -> None:
+    """What is written is kept, and lanes go on with the next block."""
     e.keep()
     e.ended = True
     e.put(f"M.jump(m, full, {e.number + 1})")
+
+
+@family("ret", "exit")
+def _leave(e: Emitter, i: Instruction) -> None:
+    e.expect(0)
+    _end_block(e)
     e.put(f"M.leave({e.mask}, {e.constant(i.site)})")
 
 
@@ -42,9 +47,7 @@ def _barrier(e: Emitter, i: Instruction) -> None:
     (which,) = e.expect(1)
     if name not in ("bar.sync", "barrier.sync", "barrier.sync.aligned") or e.register(which) or int(which, 0) != 0:
         raise e.refuse("only the barrier 0 of all threads is known")
-    e.keep()
-    e.ended = True
-    e.put(f"M.jump(m, full, {e.number + 1})")
+    _end_block(e)
     e.put(f"M.barrier({e.mask}, {e.number + 1}, {site})")
 
 

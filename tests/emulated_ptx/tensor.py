@@ -49,11 +49,7 @@ def _fragment(e: Emitter, operand: str) -> list[str]:
 @family("ldmatrix")
 def _load(e: Emitter, i: Instruction) -> None:
     to, where = e.expect(2)
-    _aligned(e, i)
-    count = _matrices(e, i)
-    names = e.registers_of(to)
-    if len(names) != count:
-        raise e.refuse(f"expected {count} registers, got {len(names)}")
+    count, names = _matrices(e, i, to)
     address, offset, _ = e.address(where)
     access = e.constant(Access(i.site, 16))
     found = [e.fresh() for _ in names]
@@ -66,22 +62,23 @@ def _load(e: Emitter, i: Instruction) -> None:
 @family("stmatrix")
 def _store(e: Emitter, i: Instruction) -> None:
     where, source = e.expect(2)
-    _aligned(e, i)
-    count = _matrices(e, i)
-    names = e.registers_of(source)
-    if len(names) != count:
-        raise e.refuse(f"expected {count} registers, got {len(names)}")
+    count, names = _matrices(e, i, source)
     address, offset, _ = e.address(where)
     access = e.constant(Access(i.site, 16))
     values = ", ".join(e.array(one, "b32") for one in names)
     e.put(f"M.shared.store_matrices({access}, {address}, {offset}, ({values},), {'trans' in i.parts}, {e.mask})")
 
 
-def _matrices(e: Emitter, i: Instruction) -> int:
+def _matrices(e: Emitter, i: Instruction, operand: str) -> tuple[int, list[str]]:
+    """How many matrices of eight rows move, and the registers that hold them."""
+    _aligned(e, i)
     found = re.search(r"\.m8n8\.x([124])\.(?:trans\.)?shared(?:::cta)?\.b16$", i.name)
     if found is None:
         raise e.refuse()
-    return int(found[1])
+    count, names = int(found[1]), e.registers_of(operand)
+    if len(names) != count:
+        raise e.refuse(f"expected {count} registers, got {len(names)}")
+    return count, names
 
 
 @family("wgmma")
