@@ -101,8 +101,8 @@ def _shifted(match: re.Match[str]) -> str:
 
 
 PLANTED = [
-    # Floors are a little below what was caught (docs/executor.md). Of dropped barriers that were not, some were looked at:
-    # another one near by makes them needless, before a loop's end or before its first copies.
+    # Floors are a little below what was caught (docs/executor.md). Of dropped barriers that were not, some were looked
+    # at: another one near by makes them needless, before a loop's end or before its first copies.
     Planted("a barrier dropped", r"^\s*bar\.sync\s+0;$", "", 75, places=40),
     Planted("a barrier dropped, look-ahead", r"^\s*bar\.sync\s+0;$", "", 75, look, places=40),
     Planted("a barrier dropped, tree", r"^\s*bar\.sync\s+0;$", "", 70, grow, places=40),
